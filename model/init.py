@@ -1,0 +1,68 @@
+"""Initial weights: a function of (seed, parameter name) alone, so of no layout.
+
+Normal(0, init_std) for embeddings, linear maps and the memory prompt; maps that end on the residual
+stream (attention output, FFN down) have their std divided by sqrt(2 * num_layers), as in GPT-2;
+norms and gains start at 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+RESIDUAL = ("output.weight", "ffn.down.weight")
+"""Endings, inside a block, of maps that end on the residual stream."""
+
+Shape = Callable[[nn.Parameter], torch.Size]
+Take = Callable[[nn.Parameter, Tensor], Tensor]
+
+
+def initialise(
+    model: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    *,
+    shape: Shape = lambda parameter: parameter.shape,
+    take: Take = lambda parameter, whole: whole,
+) -> None:
+    """Fill the model's weights in place.
+
+    shape and take belong to a layout: a parameter's shape over all ranks, and this rank's part of
+    a whole tensor. Whole tensors exist one at a time, on the parameter's device.
+    """
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            whole = initial_value(name, shape(parameter), config, seed, parameter.device)
+            parameter.copy_(take(parameter, whole))
+
+
+def initial_value(
+    name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device
+) -> Tensor:
+    """Return the whole initial value of one parameter, float32."""
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    std = config.init_std
+    if name.startswith("blocks.") and name.endswith(RESIDUAL):
+        std /= math.sqrt(2 * config.num_layers)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, device=device) * std
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters, padding of the vocabulary left out (by arithmetic)."""
+    d, layers = config.hidden_size, config.num_layers
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    block = d * (heads + 2 * kv_heads) + heads * d + 3 * d * config.ffn_size + 2 * d
+    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    total = layers * block + embeddings + d
+    if config.memory.name == "fam":
+        total += config.memory.slots * d + (layers * d if config.memory.state != "paper" else 0)
+    return total

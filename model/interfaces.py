@@ -1,0 +1,101 @@
+"""The two things a layout injects into the model, and what a forward pass knows of its segments.
+
+The model is single-device code. `Sequence` says how a segment is spread over ranks (context
+parallelism), `Linears` how weights are (tensor parallelism). model.local has them for one device,
+the parallel package for many; the model cannot tell which it got.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Sequence(Protocol):
+    """A segment's tokens, wherever they live."""
+
+    rank: int
+    size: int
+
+    def positions(self, segment_len: int) -> Tensor:
+        """Return the places in the segment of this rank's tokens: [S / size] int64, CPU."""
+        ...
+
+    def fold(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slots: tuple[Tensor, Tensor] | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Return token attention over segment, past segments and slots; see attention.fold."""
+        ...
+
+    def fold_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slots: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return slot attention over a whole segment and the slots; see attention.fold_slots."""
+        ...
+
+
+class Linears(Protocol):
+    """Weights, wherever they live. Modules take and give flat rows [rows, features].
+
+    With sequence parallelism rows outside the linear maps are scattered over the ranks: `column`,
+    `enter` gather them, `row` and `embedding` scatter their results.
+    """
+
+    size: int
+
+    def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
+        """Return a map whose output features are split: [rows, in] -> [all rows, out / size].
+
+        stride 2: the weight is two matrices stacked, each split by itself (gate and up).
+        """
+        ...
+
+    def row(self, in_features: int, out_features: int) -> nn.Module:
+        """Return a map whose input features are split: [all rows, in / size] -> [rows, out]."""
+        ...
+
+    def embedding(self, num_embeddings: int, features: int) -> nn.Module:
+        """Return a table split by its rows: tokens [rows] int64 -> [rows, features]."""
+        ...
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return all rows of x; its gradient, partial on each rank, is summed on the way back."""
+        ...
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Return this rank's rows of x, which every rank holds whole."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all rows of x for every rank to hold; the inverse of scatter."""
+        ...
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+        """Return -log p(label): logits [rows, V / size], labels [rows] -> [rows] float32.
+
+        Columns from vocab_size on are padding and take no probability.
+        """
+        ...
+
+
+class Segments(NamedTuple):
+    """What the layers know of the N segments of B streams in one forward pass."""
+
+    batch: int
+    count: int
+    length: int  # S, tokens of a segment on this rank
+    segment_len: int  # tokens of a segment over all ranks
+    starts: Tensor  # [B, N] bool: a document begins with this segment; memory resets before it
+    cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first
+    sin: Tensor
+    slot_cos: Tensor | None  # [N + 1, F, K / 2]: of the slots as segment n reads them; [n + 1] as
+    slot_sin: Tensor | None  # the update at segment n asks with them (query_position=current)
+    sequence: Sequence
+    linears: Linears

@@ -1,0 +1,88 @@
+"""The parts of a block: RMSNorm, the grouped QKV projection, SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.interfaces import Linears
+
+
+def scattered(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter that meets rows scattered over tensor-parallel ranks.
+
+    Under sequence parallelism each rank then has a part of its gradient only; the layout sums it.
+    `sequence_parallel` is megatron-core's name for this mark.
+    """
+    parameter.sequence_parallel = True  # type: ignore[attr-defined]
+    return parameter
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, features: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = scattered(nn.Parameter(torch.ones(features)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x [..., features], in the weight's type."""
+        return normalise(x, self.eps).to(self.weight.dtype) * self.weight
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) over the last dimension, float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+class QKV(nn.Module):
+    """Queries, keys and values in one map.
+
+    Rows of the weight are grouped by key-value head, [q_1 .. q_g, k, v] of head 0, then of head 1, ...:
+    a plain cut of the rows keeps each group on one tensor-parallel rank.
+    """
+
+    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+        super().__init__()
+        self.group, self.head_dim = config.num_heads // config.num_kv_heads, config.head_dim
+        features = config.num_kv_heads * (self.group + 2) * config.head_dim
+        self.linear = linears.column(config.hidden_size, features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [rows, D] -> q [all rows, H, K], k and v [all rows, Hkv, K]; heads of this rank."""
+        heads = self.linear(x).unflatten(-1, (-1, self.group + 2, self.head_dim))
+        q, k, v = heads.split((self.group, 1, 1), dim=-2)
+        return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), over chunks of rows if asked.
+
+    With a chunk the intermediate [rows, ffn_size] never exists for all rows, forward or backward
+    (Liu & Abbeel 2023, Blockwise Parallel Transformer).
+    """
+
+    def __init__(self, config: ModelConfig, linears: Linears, chunk: int | None) -> None:
+        super().__init__()
+        self.chunk = chunk
+        self.gate_up = linears.column(config.hidden_size, 2 * config.ffn_size, stride=2)
+        self.down = linears.row(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, D] -> [rows, D]."""
+        if self.chunk is None or x.shape[0] <= self.chunk:
+            return self._all(x)
+        parts = x.split(self.chunk)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._all(part) for part in parts])
+        return torch.cat([checkpoint(self._all, part, use_reentrant=False) for part in parts])
+
+    def _all(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        result: Tensor = self.down(functional.silu(gate) * up)
+        return result

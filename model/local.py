@@ -1,0 +1,79 @@
+"""`Sequence` and `Linears` of one device: the reference that every layout must equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.attention import Alone, Exchange, Layout, Whole, fold, fold_slots
+
+
+class FoldedSequence:
+    """A `Sequence` by a layout and an exchange; with none given, one device."""
+
+    def __init__(self, layout: Layout | None = None, exchange: Exchange | None = None) -> None:
+        self.layout: Layout = layout or Whole()
+        self.exchange: Exchange = exchange or Alone()
+        self.rank, self.size = self.exchange.rank, self.exchange.size
+
+    def positions(self, segment_len: int) -> Tensor:
+        """Return the places of this rank's tokens."""
+        return self.layout.positions(self.rank, segment_len)
+
+    def fold(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slots: tuple[Tensor, Tensor] | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Return token attention; see attention.fold."""
+        return fold(
+            q, k, v, slots=slots, visible=visible, layout=self.layout, exchange=self.exchange
+        )
+
+    def fold_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slots: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return slot attention; see attention.fold_slots."""
+        return fold_slots(q, k, v, slots=slots, exchange=self.exchange)
+
+
+class LocalLinears:
+    """`Linears` with every weight whole on this device."""
+
+    size = 1
+
+    def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
+        """Return a linear map without bias."""
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def row(self, in_features: int, out_features: int) -> nn.Module:
+        """Return a linear map without bias."""
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def embedding(self, num_embeddings: int, features: int) -> nn.Module:
+        """Return a lookup table."""
+        return nn.Embedding(num_embeddings, features)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+        """Return -log p(label), [rows] float32; columns from vocab_size on do not count."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return functional.cross_entropy(
+            logits[:, :vocab_size].to(wide), labels, reduction="none", ignore_index=-100
+        )

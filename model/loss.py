@@ -1,0 +1,82 @@
+"""Next-token loss that never holds all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+"""Label of a position that is no target; torch's own convention."""
+
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and its gradient chunk by chunk in forward: logits of one chunk exist at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        chunk: int,
+        cross_entropy: CrossEntropy,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dhidden = torch.empty_like(hidden) if wanted else None
+        # Hundreds of chunks add up here: bfloat16 would lose the later ones.
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted else None
+        losses = []
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            target = labels[rows]
+            valid = target != IGNORE
+            logits = (hidden[rows] @ weight.t()).requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                loss = cross_entropy(logits, target.masked_fill(~valid, 0)) * valid
+                total = loss.sum() * scale
+            losses.append(loss.detach())
+            if dhidden is not None and dweight is not None:
+                (dlogits,) = torch.autograd.grad(total, logits)
+                dhidden[rows] = dlogits @ weight
+                dweight += dlogits.t() @ hidden[rows]
+        token_losses = torch.cat(losses)
+        if dhidden is not None and dweight is not None:
+            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses.sum() * scale, token_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight = ctx.saved_tensors
+        scale = dloss.to(dhidden.dtype)
+        return dhidden * scale, dweight * scale, None, None, None, None
+
+
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    chunk: int,
+    cross_entropy: CrossEntropy,
+) -> tuple[Tensor, Tensor]:
+    """Return (sum of token losses * scale, token losses [rows] float32).
+
+    hidden [rows, D]; weight [V, D], this rank's rows of the output matrix; labels [rows] int64,
+    IGNORE where there is no target (loss 0); scale a 0-dim tensor: 1 / the global number of
+    targets. Gradients of hidden are partial where weight is a part: see Linears.enter.
+    """
+    loss, token_losses = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, scale, chunk, cross_entropy
+    )
+    return loss, token_losses

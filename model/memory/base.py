@@ -1,0 +1,58 @@
+"""What a memory is to the decoder."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.interfaces import Linears, Segments
+
+if TYPE_CHECKING:
+    from model.decoder import Block
+
+State = Any
+"""A layer's carried state: a NamedTuple of tensors, [B, ...] leading; returned, never mutated."""
+
+Initial = Any
+"""What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
+
+
+class Mixer(nn.Module):
+    """How one block mixes its segments: attention, and what it carries to the next segment."""
+
+    @abstractmethod
+    def mix(
+        self, block: Block, x: Tensor, segments: Segments, state: State, initial: Initial
+    ) -> tuple[Tensor, State]:
+        """Return the block's output rows and the state after the last segment.
+
+        x [rows, D] flat over B, N, S. Only the memory chain may run over n; all else is one call.
+        """
+
+    @abstractmethod
+    def empty(self, block: Block, segments: Segments, like: Tensor) -> State:
+        """Return the state of streams that have read nothing (`like`: device and type)."""
+
+    def alone(self, block: Block, x: Tensor) -> Tensor:
+        """Return the block's output for memory rows without any token; only some memories have it."""
+        raise AssertionError(f"{type(self).__name__} has no rows of its own")
+
+
+class Memory(Protocol):
+    """What a whole stack of blocks shares: parameters and the start of a document."""
+
+    slots: int  # rows a layer carries and tokens read as keys; 0 for none
+
+    def __init__(self, config: ModelConfig) -> None: ...
+
+    def mixer(self) -> Mixer:
+        """Return the memory's part in one block."""
+        ...
+
+    def initial(self, blocks: Items[Block], linears: Linears) -> list[Initial]:
+        """Return, for each block, what a document begins with."""
+        ...

@@ -1,0 +1,27 @@
+"""Rotary position embedding (Su et al. 2021), half-split pairs as in Llama.
+
+Angles are computed in float64 and rounded once: at position 131072 a float32 product would already
+be off by 0.008 rad. Only distances matter, so positions count from the first carried segment: they
+stay small however long the stream is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_tables(
+    positions: Tensor, head_dim: int, base: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (cos, sin), each [*positions, head_dim / 2], float32 (float64 for a float64 model)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    angles = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x rotated: x [..., S, *heads, K]; cos, sin broadcast to [..., S, *ones, K / 2]."""
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Layouts: how segments, weights and optimizer states are spread over ranks."""

@@ -1,0 +1,104 @@
+"""The mesh of processes: world = TP x CP x DP, TP fastest. Built once and passed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place, and the groups it talks in."""
+
+    rank: int
+    tp_rank: int
+    cp_rank: int
+    dp_rank: int
+    tp: int
+    cp: int
+    dp: int
+    tp_group: ProcessGroup
+    cp_group: ProcessGroup
+    dp_group: ProcessGroup
+    zero_group: ProcessGroup  # DP x CP: over which gradients are summed and optimizer state is cut
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tp * self.cp * self.dp
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks of zero_group."""
+        return self.dp * self.cp
+
+    @property
+    def zero_rank(self) -> int:
+        """Place in zero_group."""
+        return dist.get_rank(self.zero_group)
+
+
+def place(rank: int, *, tp: int, cp: int) -> tuple[int, int, int]:
+    """Return (tp_rank, cp_rank, dp_rank) of a global rank: TP fastest, then CP, then DP."""
+    return rank % tp, rank // tp % cp, rank // (tp * cp)
+
+
+def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the processes torchrun started (or stand alone): NCCL where CUDA is, else gloo."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # one process, no port
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def build_mesh(*, tp: int, cp: int) -> Mesh:
+    """Return the mesh of the initialised default process group.
+
+    Raises ValueError where the world size is not a multiple of tp * cp.
+    """
+    world = dist.get_world_size()
+    if world % (tp * cp):
+        raise ValueError(
+            f"world size {world} is not a multiple of tp * cp = {tp} * {cp} = {tp * cp};"
+            f" start {-(-world // (tp * cp)) * tp * cp} processes or change parallel.tp, parallel.cp"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from megatron.core import parallel_state
+
+    from parallel.megatron_cpu import install_cpu_adapter
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    install_cpu_adapter()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, context_parallel_size=cp
+        )
+    rank = dist.get_rank()
+    tp_rank, cp_rank, dp_rank = place(rank, tp=tp, cp=cp)
+    return Mesh(
+        rank=rank,
+        tp_rank=tp_rank,
+        cp_rank=cp_rank,
+        dp_rank=dp_rank,
+        tp=tp,
+        cp=cp,
+        dp=world // (tp * cp),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        zero_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        device=device,
+    )

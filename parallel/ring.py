@@ -1,0 +1,129 @@
+"""The two exchanges of context parallelism: a ring, and an all-gather.
+
+Ring (Liu et al. 2023): at step t rank r holds the keys of rank r - t; the next hop is in flight
+while this one is computed. In backward the gradients of keys travel with them, in float32, and one
+hop more brings them home. Only heads as stored travel (grouped heads are not expanded).
+
+All-gather (Llama 3): all keys at once; backward gathers again and reduce-scatters the gradients.
+The communication is exposed, but it is one message; good for small groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from model.attention import Exchange, Visit, VisitBack, merge
+
+
+class _Group:
+    """What both exchanges share: sums and the merge of slot attention."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Merge each rank's (out [..., K], lse [...]) in rank order: the same bits on every rank."""
+        mine = torch.cat((out.to(lse.dtype), lse.unsqueeze(-1)), -1).contiguous()
+        parts = self._gather(mine)
+        result = (parts[0, ..., :-1], parts[0, ..., -1])
+        for part in parts[1:]:
+            result = merge(result, (part[..., :-1], part[..., -1]))
+        return result
+
+    def _gather(self, mine: Tensor) -> Tensor:
+        """Return [size, *mine.shape]: every rank's tensor."""
+        held = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
+        dist.all_gather_into_tensor(held, mine, group=self.group)
+        return held.unflatten(0, (self.size, -1))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the ranks, added in float32."""
+        total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(x.dtype)
+
+
+class Ring(_Group):
+    """Point-to-point hops."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__(group)
+        ranks = dist.get_process_group_ranks(group)
+        self.next, self.previous = ranks[(self.rank + 1) % self.size], ranks[self.rank - 1]
+
+    def visit(self, k: Tensor, v: Tensor, step: Visit) -> None:
+        """Call step(source, k, v) for each rank's keys."""
+        held = torch.stack((k, v))
+        for t in range(self.size):
+            hop = self._pass_on(held) if t < self.size - 1 else None
+            step((self.rank - t) % self.size, held[0], held[1])
+            if hop is not None:
+                held = hop.wait()
+
+    def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
+        """Call step(source, k, v) -> (dk, dv); return dk, dv of this rank's keys, all ranks' parts."""
+        held = torch.stack((k, v))
+        grads: _Hop | None = None
+        for t in range(self.size):
+            hop = self._pass_on(held) if t < self.size - 1 else None
+            dk, dv = step((self.rank - t) % self.size, held[0], held[1])
+            mine = torch.stack((dk, dv)).to(torch.promote_types(dk.dtype, torch.float32))
+            if grads is not None:
+                mine += grads.wait()
+            grads = self._pass_on(mine)
+            if hop is not None:
+                held = hop.wait()
+        assert grads is not None
+        home = grads.wait()
+        return home[0], home[1]
+
+    def _pass_on(self, x: Tensor) -> _Hop:
+        received = torch.empty_like(x)
+        ops = [
+            dist.P2POp(dist.isend, x, self.next, self.group),
+            dist.P2POp(dist.irecv, received, self.previous, self.group),
+        ]
+        return _Hop(x, received, dist.batch_isend_irecv(ops))
+
+
+class _Hop:
+    """A message in flight; keeps what is sent alive until it has arrived."""
+
+    def __init__(self, sent: Tensor, received: Tensor, works: list[dist.Work]) -> None:
+        self.sent, self.received, self.works = sent, received, works
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+class AllGather(_Group):
+    """One gather forward; in backward one gather and one reduce-scatter."""
+
+    def visit(self, k: Tensor, v: Tensor, step: Visit) -> None:
+        """Call step(source, k, v) for each rank's keys, this rank's own first."""
+        held = self._gather(torch.stack((k, v)))
+        for t in range(self.size):
+            source = (self.rank - t) % self.size
+            step(source, held[source, 0], held[source, 1])
+
+    def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
+        """Call step(source, k, v) -> (dk, dv); return dk, dv of this rank's keys, all ranks' parts."""
+        held = self._gather(torch.stack((k, v)))
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grads = torch.empty(held.shape, dtype=wide, device=k.device)
+        for source in range(self.size):
+            grads[source, 0], grads[source, 1] = step(source, held[source, 0], held[source, 1])
+        home = torch.empty(grads.shape[1:], dtype=wide, device=k.device)
+        dist.reduce_scatter_tensor(home, grads.flatten(0, 1), group=self.group)
+        return home[0], home[1]
+
+
+def choose_exchange(name: str, group: ProcessGroup) -> Exchange:
+    """Return the exchange `ring` or `all_gather` over a group."""
+    return {"ring": Ring, "all_gather": AllGather}[name](group)

@@ -1,0 +1,77 @@
+"""How a segment's tokens are cut over context-parallel ranks.
+
+zigzag: the segment in 2P chunks, rank r holds chunks r and 2P-1-r: every ring step is half a block
+pair of work on every rank (Llama 3, section 3.3.2). contiguous: rank r holds the r-th P-th; simple,
+but later ranks have up to twice the mean work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.attention import Layout, Span
+
+ALL = slice(None)
+
+
+class Zigzag:
+    """Chunks r and 2P-1-r on rank r."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def positions(self, rank: int, segment_len: int) -> Tensor:
+        """Return the places of rank's tokens: its early chunk, then its late one."""
+        check_segment_len(segment_len, self.size, "zigzag")
+        chunk = segment_len // (2 * self.size)
+        early, late = rank * chunk, (2 * self.size - 1 - rank) * chunk
+        return torch.cat((torch.arange(early, early + chunk), torch.arange(late, late + chunk)))
+
+    def spans(self, query_rank: int, key_rank: int, length: int) -> list[Span]:
+        """Return the reads: causal at home; a lower rank's early chunk lies before all queries;
+        a higher rank's two chunks lie between the queries' two."""
+        half = length // 2
+        if query_rank == key_rank:
+            return [Span(ALL, ALL, True)]
+        if key_rank < query_rank:
+            return [Span(ALL, slice(0, half), False)]
+        return [Span(slice(half, length), ALL, False)]
+
+
+class Contiguous:
+    """The r-th of P equal parts on rank r."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def positions(self, rank: int, segment_len: int) -> Tensor:
+        """Return the places of rank's tokens."""
+        check_segment_len(segment_len, self.size, "contiguous")
+        length = segment_len // self.size
+        return torch.arange(rank * length, (rank + 1) * length)
+
+    def spans(self, query_rank: int, key_rank: int, length: int) -> list[Span]:
+        """Return the reads: causal at home, all of a lower rank, nothing of a higher one."""
+        if key_rank > query_rank:
+            return []
+        return [Span(ALL, ALL, query_rank == key_rank)]
+
+
+def choose_layout(name: str, size: int) -> Layout:
+    """Return the layout `zigzag` or `contiguous` over size ranks."""
+    return {"zigzag": Zigzag, "contiguous": Contiguous}[name](size)
+
+
+def check_segment_len(segment_len: int, cp: int, layout: str) -> None:
+    """Raise ValueError where a segment cannot be cut into equal slices."""
+    unit = 2 * cp if layout == "zigzag" else cp
+    if segment_len % unit:
+        why = f"2 * cp={unit} (zigzag gives each rank two chunks)" if unit != cp else f"cp={cp}"
+        near = max(unit, segment_len // unit * unit)
+        raise ValueError(f"segment_len={segment_len} is not a multiple of {why}; use {near}")
+
+
+def take_slice(x: Tensor, layout: Layout, rank: int) -> Tensor:
+    """Return rank's tokens of whole segments: x [B, N, S] -> [B, N, S / size]."""
+    return x.index_select(2, layout.positions(rank, x.shape[2]).to(x.device))

@@ -1,0 +1,184 @@
+"""`Linears` over tensor-parallel ranks, by megatron-core's layers, and the map of who holds what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+
+from parallel.mesh import Mesh
+
+
+class _Column(ColumnParallelLinear):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x)[0]
+        return result
+
+
+class _Row(RowParallelLinear):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x)[0]
+        return result
+
+
+class _Embedding(VocabParallelEmbedding):  # type: ignore[misc]
+    def forward(self, tokens: Tensor) -> Tensor:
+        # With sequence parallelism megatron transposes [batch, rows, D] and scatters the rows.
+        result: Tensor = super().forward(tokens.unsqueeze(0))
+        return result.squeeze(1) if self.reduce_scatter_embeddings else result.squeeze(0)
+
+
+class MegatronLinears:
+    """Weights cut over the tensor-parallel group."""
+
+    def __init__(self, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        self.size, self.rank = mesh.tp, mesh.tp_rank
+        self.sequence_parallel = sequence_parallel and mesh.tp > 1
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=mesh.tp,
+            context_parallel_size=mesh.cp,
+            sequence_parallel=self.sequence_parallel,
+            params_dtype=dtype,
+            use_cpu_initialization=mesh.device.type == "cpu",
+            # megatron sets the marks partition_dim and partition_stride only while it initialises;
+            # the values are replaced by model.init.
+            perform_initialization=True,
+            gradient_accumulation_fusion=False,
+        )
+
+    def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
+        """Return a column-parallel linear map without bias."""
+        return _Column(
+            in_features,
+            out_features,
+            config=self.config,
+            init_method=_leave,
+            bias=False,
+            stride=stride,
+        )
+
+    def row(self, in_features: int, out_features: int) -> nn.Module:
+        """Return a row-parallel linear map without bias."""
+        return _Row(
+            in_features,
+            out_features,
+            config=self.config,
+            init_method=_leave,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def embedding(self, num_embeddings: int, features: int) -> nn.Module:
+        """Return a table cut by its rows."""
+        return _Embedding(
+            num_embeddings,
+            features,
+            init_method=_leave,
+            reduce_scatter_embeddings=self.sequence_parallel,
+            config=self.config,
+        )
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return all rows; the gradient is summed over the ranks."""
+        if self.sequence_parallel:
+            gathered: Tensor = gather_from_sequence_parallel_region(x)
+            return gathered
+        same: Tensor = copy_to_tensor_model_parallel_region(x)
+        return same
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Return this rank's rows of x; all of them without sequence parallelism."""
+        if not self.sequence_parallel:
+            return x
+        mine: Tensor = scatter_to_sequence_parallel_region(x)
+        return mine
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all rows for every rank to hold; each row's gradient is taken from its holder."""
+        if not self.sequence_parallel:
+            return x
+        rows: Tensor = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        return rows
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+        """Return -log p(label) over the cut vocabulary, [rows] float32."""
+        real = vocab_size - self.rank * logits.shape[1]
+        if real < logits.shape[1]:
+            padding = torch.arange(logits.shape[1], device=logits.device) >= real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        # megatron works on [rows, batch, V] and would overwrite a float32 input.
+        loss: Tensor = vocab_parallel_cross_entropy(logits.unsqueeze(1).clone(), labels.unsqueeze(1))
+        return loss.squeeze(1)
+
+
+def _leave(weight: Tensor) -> None:
+    """Initialise nothing: model.init does, the same for every layout."""
+
+
+def sum_scattered_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Under sequence parallelism, sum gradients of parameters that met scattered rows.
+
+    A tensor hook runs once a backward, on the whole gradient of the parameter and before ZeRO takes
+    it.
+    """
+
+    def total(grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=mesh.tp_group)
+        return grad
+
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(total)
+
+
+def whole_shape(parameter: nn.Parameter, tp: int) -> torch.Size:
+    """Return a parameter's shape over all tensor-parallel ranks."""
+    shape, dim = list(parameter.shape), _cut(parameter)
+    if dim is not None:
+        shape[dim] *= tp
+    return torch.Size(shape)
+
+
+def take_part(parameter: nn.Parameter, whole: Tensor, tp: int, tp_rank: int) -> Tensor:
+    """Return tp_rank's part of the whole value of a parameter."""
+    dim = _cut(parameter)
+    if dim is None:
+        return whole
+    blocks = whole.chunk(_stride(parameter), dim)
+    return torch.cat([block.chunk(tp, dim)[tp_rank] for block in blocks], dim)
+
+
+def join_parts(parameter: nn.Parameter, parts: list[Tensor]) -> Tensor:
+    """Return the whole value of a parameter from every tensor-parallel rank's part, in order."""
+    dim = _cut(parameter)
+    if dim is None:
+        return parts[0]
+    stride = _stride(parameter)
+    blocks = [part.chunk(stride, dim) for part in parts]
+    return torch.cat([blocks[rank][i] for i in range(stride) for rank in range(len(parts))], dim)
+
+
+def _cut(parameter: Any) -> int | None:
+    """The dimension a parameter is cut along, by megatron's marks; None where it is whole."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return int(parameter.partition_dim)
+
+
+def _stride(parameter: Any) -> int:
+    """Matrices stacked in a parameter, each cut by itself."""
+    return int(getattr(parameter, "partition_stride", 1))

@@ -1,0 +1,89 @@
+"""Run any function on N gloo ranks: forked processes, a file store, no ports, one thread a rank."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_S = 120
+"""Of one whole run; a collective that hangs fails after half of it."""
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return [function(*args) on rank 0, 1, ...]; raise AssertionError with the traceback of any
+    rank that fails or does not end."""
+    _warm()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.SimpleQueue()
+        processes = [
+            context.Process(target=_rank, args=(rank, size, folder, queue, function, args))
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        pipe = queue._reader  # type: ignore[attr-defined]
+        while len(results) + len(errors) < size:
+            if not pipe.poll(TIMEOUT_S):
+                errors.append(f"ranks {sorted(set(range(size)) - set(results))} did not answer")
+                break
+            rank, ok, value = queue.get()
+            if ok:
+                results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+            else:
+                errors.append(f"rank {rank}:\n{value}")
+                break  # its peers wait in a collective
+        for process in processes:
+            process.join(1 if errors else TIMEOUT_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    assert not errors, "\n".join(errors)
+    return [results[rank] for rank in range(size)]
+
+
+def _rank(
+    rank: int, size: int, folder: str, queue: Any, function: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        store = dist.FileStore(os.path.join(folder, "store"), size)
+        dist.init_process_group(
+            "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=TIMEOUT_S / 2),
+        )
+        result = io.BytesIO()  # not tensors: those would travel as files that end with this process
+        torch.save(function(*args), result)
+        queue.put((rank, True, result.getvalue()))
+        dist.barrier()
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+    finally:
+        os._exit(0)  # no destructors: a group's would wait for peers that are gone
+
+
+def _warm() -> None:
+    """Import what every rank needs once, before the fork; one thread, so that a fork is safe."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401
+    import megatron.core.tensor_parallel  # noqa: F401
+    from torch import testing
+
+    testing.assert_close(torch.zeros(1), torch.zeros(1))
