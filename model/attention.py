@@ -234,7 +234,9 @@ class _Fold(torch.autograd.Function):
         if slot_k is not None and slot_v is not None:
             partial.add(
                 ALL,
-                *reads.kernel.forward(queries, _heads_first(slot_k), _heads_first(slot_v), False),
+                *reads.kernel.forward(
+                    queries, _heads_first(slot_k), _heads_first(slot_v), False
+                ),
             )
         assert partial.out is not None
         out = partial.out.to(q.dtype)
@@ -304,7 +306,13 @@ def fold(
 class _FoldSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slot_k: Tensor, slot_v: Tensor, exchange: Exchange
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slot_k: Tensor,
+        slot_v: Tensor,
+        exchange: Exchange,
     ) -> Tensor:
         kernel = choose_kernel(q)
         queries, *keys = (x.transpose(1, 2) for x in (q, k, v, slot_k, slot_v))

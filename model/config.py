@@ -63,7 +63,9 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs; use an even one")
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd: RoPE rotates pairs; use an even one"
+            )
 
     @property
     def padded_vocab_size(self) -> int:

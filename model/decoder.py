@@ -89,7 +89,11 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, linears: Linears, compute: ComputeConfig) -> None:
         super().__init__()
-        self.linears, self.chunk, self.vocab_size = linears, compute.loss_chunk, config.vocab_size
+        self.linears, self.chunk, self.vocab_size = (
+            linears,
+            compute.loss_chunk,
+            config.vocab_size,
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.output = linears.column(config.hidden_size, config.padded_vocab_size)
@@ -172,7 +176,9 @@ class Decoder(nn.Module):
         if passed is not None:
             # The learned start stays in the graph (times 0): every parameter has a gradient.
             initial = [
-                type(own)(*(_instead(given, mine) for given, mine in zip(new, own, strict=True)))
+                type(own)(
+                    *(_instead(given, mine) for given, mine in zip(new, own, strict=True))
+                )
                 for new, own in zip(passed, initial, strict=True)
             ]
         x = self.embedding(tokens.flatten())

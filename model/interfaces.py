@@ -95,7 +95,9 @@ class Segments(NamedTuple):
     starts: Tensor  # [B, N] bool: a document begins with this segment; memory resets before it
     cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first
     sin: Tensor
-    slot_cos: Tensor | None  # [N + 1, F, K / 2]: of the slots as segment n reads them; [n + 1] as
+    slot_cos: (
+        Tensor | None
+    )  # [N + 1, F, K / 2]: of the slots as segment n reads them; [n + 1] as
     slot_sin: Tensor | None  # the update at segment n asks with them (query_position=current)
     sequence: Sequence
     linears: Linears

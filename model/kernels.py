@@ -25,7 +25,14 @@ class Kernel(Protocol):
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv of this piece, given the fold's final out and lse."""
         ...
@@ -36,11 +43,20 @@ class CpuFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return (out, lse)."""
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal
+        )
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv."""
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -58,13 +74,33 @@ class CudaFlash:
         return result[0], result[1]
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv."""
         # Without dropout the kernel never reads its random state; it only wants two tensors.
         unused = torch.zeros((), dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            unused,
+            unused,
         )
         return grads[0], grads[1], grads[2]
 
@@ -89,7 +125,14 @@ class Blockwise:
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv."""
         dq = torch.empty_like(q)
@@ -134,6 +177,10 @@ def choose_kernel(q: Tensor) -> Kernel:
     """Return the fastest kernel that takes q's device and type."""
     if q.device.type == "cpu":
         return CpuFlash()
-    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    if (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+    ):
         return CudaFlash()
     return Blockwise()

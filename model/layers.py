@@ -54,7 +54,7 @@ class QKV(nn.Module):
         self.linear = linears.column(config.hidden_size, features)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, D] -> q [all rows, H, K], k and v [all rows, Hkv, K]; heads of this rank."""
+        """X [rows, D] -> q [all rows, H, K], k and v [all rows, Hkv, K]; heads of this rank."""
         heads = self.linear(x).unflatten(-1, (-1, self.group + 2, self.head_dim))
         q, k, v = heads.split((self.group, 1, 1), dim=-2)
         return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
@@ -74,7 +74,7 @@ class SwiGLU(nn.Module):
         self.down = linears.row(config.ffn_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [rows, D] -> [rows, D]."""
+        """X [rows, D] -> [rows, D]."""
         if self.chunk is None or x.shape[0] <= self.chunk:
             return self._all(x)
         parts = x.split(self.chunk)

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-TARGETS = ("tensor_parallel.mappings", "tensor_parallel.layers", "tensor_parallel.utils", "utils")
+TARGETS = (
+    "tensor_parallel.mappings",
+    "tensor_parallel.layers",
+    "tensor_parallel.utils",
+    "utils",
+)
 """Modules of megatron.core that ask torch.cuda for the current device."""
 
 

@@ -25,7 +25,9 @@ class Mesh:
     tp_group: ProcessGroup
     cp_group: ProcessGroup
     dp_group: ProcessGroup
-    zero_group: ProcessGroup  # DP x CP: over which gradients are summed and optimizer state is cut
+    zero_group: (
+        ProcessGroup  # DP x CP: over which gradients are summed and optimizer state is cut
+    )
     device: torch.device
 
     @property

@@ -30,7 +30,8 @@ class Zigzag:
 
     def spans(self, query_rank: int, key_rank: int, length: int) -> list[Span]:
         """Return the reads: causal at home; a lower rank's early chunk lies before all queries;
-        a higher rank's two chunks lie between the queries' two."""
+        a higher rank's two chunks lie between the queries' two.
+        """
         half = length // 2
         if query_rank == key_rank:
             return [Span(ALL, ALL, True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -110,7 +110,9 @@ class MegatronLinears:
         """Return all rows for every rank to hold; each row's gradient is taken from its holder."""
         if not self.sequence_parallel:
             return x
-        rows: Tensor = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        rows: Tensor = gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=False
+        )
         return rows
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
@@ -120,7 +122,9 @@ class MegatronLinears:
             padding = torch.arange(logits.shape[1], device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         # megatron works on [rows, batch, V] and would overwrite a float32 input.
-        loss: Tensor = vocab_parallel_cross_entropy(logits.unsqueeze(1).clone(), labels.unsqueeze(1))
+        loss: Tensor = vocab_parallel_cross_entropy(
+            logits.unsqueeze(1).clone(), labels.unsqueeze(1)
+        )
         return loss.squeeze(1)
 
 
@@ -145,40 +149,40 @@ def sum_scattered_gradients(model: nn.Module, mesh: Mesh) -> None:
             parameter.register_hook(total)
 
 
-def whole_shape(parameter: nn.Parameter, tp: int) -> torch.Size:
-    """Return a parameter's shape over all tensor-parallel ranks."""
-    shape, dim = list(parameter.shape), _cut(parameter)
-    if dim is not None:
-        shape[dim] *= tp
-    return torch.Size(shape)
+class Cut(NamedTuple):
+    """How a parameter is cut over tensor-parallel ranks."""
+
+    dim: int | None  # None: every rank holds it whole
+    stride: int  # matrices stacked along dim, each cut by itself
+
+    def whole_shape(self, shape: torch.Size, tp: int) -> torch.Size:
+        """Return the shape over all ranks of a part's shape."""
+        whole = list(shape)
+        if self.dim is not None:
+            whole[self.dim] *= tp
+        return torch.Size(whole)
+
+    def take(self, whole: Tensor, tp: int, tp_rank: int) -> Tensor:
+        """Return tp_rank's part of a whole tensor."""
+        if self.dim is None:
+            return whole
+        blocks = whole.chunk(self.stride, self.dim)
+        return torch.cat([block.chunk(tp, self.dim)[tp_rank] for block in blocks], self.dim)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Return the whole tensor from every rank's part, in order."""
+        if self.dim is None:
+            return parts[0]
+        blocks = [part.chunk(self.stride, self.dim) for part in parts]
+        return torch.cat(
+            [blocks[rank][i] for i in range(self.stride) for rank in range(len(parts))],
+            self.dim,
+        )
 
 
-def take_part(parameter: nn.Parameter, whole: Tensor, tp: int, tp_rank: int) -> Tensor:
-    """Return tp_rank's part of the whole value of a parameter."""
-    dim = _cut(parameter)
-    if dim is None:
-        return whole
-    blocks = whole.chunk(_stride(parameter), dim)
-    return torch.cat([block.chunk(tp, dim)[tp_rank] for block in blocks], dim)
-
-
-def join_parts(parameter: nn.Parameter, parts: list[Tensor]) -> Tensor:
-    """Return the whole value of a parameter from every tensor-parallel rank's part, in order."""
-    dim = _cut(parameter)
-    if dim is None:
-        return parts[0]
-    stride = _stride(parameter)
-    blocks = [part.chunk(stride, dim) for part in parts]
-    return torch.cat([blocks[rank][i] for i in range(stride) for rank in range(len(parts))], dim)
-
-
-def _cut(parameter: Any) -> int | None:
-    """The dimension a parameter is cut along, by megatron's marks; None where it is whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)
-
-
-def _stride(parameter: Any) -> int:
-    """Matrices stacked in a parameter, each cut by itself."""
-    return int(getattr(parameter, "partition_stride", 1))
+def cut_of(parameter: nn.Parameter) -> Cut:
+    """Return how a parameter is cut, by the marks megatron-core leaves on it."""
+    marked: Any = parameter
+    if not getattr(marked, "tensor_model_parallel", False):
+        return Cut(None, 1)
+    return Cut(int(marked.partition_dim), int(marked.partition_stride))

@@ -33,7 +33,8 @@ class Fragment(NamedTuple):
 
 class Groups:
     """The mpu DeepSpeed asks for its groups (the `get_sequence_*` names must not exist here: with
-    them DeepSpeed divides by DP alone and gradients come out CP times too large)."""
+    them DeepSpeed divides by DP alone and gradients come out CP times too large).
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -112,13 +113,6 @@ class ZeroEngine:
         if self.zero.overflow:
             return None
         return float(self.engine.get_global_grad_norm())
-
-    def discard(self) -> None:
-        """Forget the gradients since the last step."""
-        self.zero.zero_grad()
-        for values in (getattr(self.zero, "averaged_gradients", {}),):
-            values.clear()
-        self.engine.micro_steps = 0
 
     @torch.no_grad()
     def fragments(self) -> Iterator[Fragment]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,34 @@ State = Any
 
 Initial = Any
 """What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
+
+
+def detach(state: State) -> State:
+    """Return the state cut off from the graph that made it, in storage of its own.
+
+    The only cut there is: the training loop calls it between BPTT windows, no memory ever does.
+    """
+    return map_tensors(lambda tensor: tensor.detach().clone(), state)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Return the state with function applied to every tensor of it, nested ones too."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, list):
+        return [map_tensors(function, part) for part in state]
+    return type(state)(*(map_tensors(function, part) for part in state))
+
+
+def named_tensors(state: State, prefix: str) -> dict[str, Tensor]:
+    """Return the state's tensors by path: `prefix/0/window/k` is the first layer's window keys."""
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    parts = enumerate(state) if isinstance(state, list) else state._asdict().items()
+    found: dict[str, Tensor] = {}
+    for name, part in parts:
+        found |= named_tensors(part, f"{prefix}/{name}")
+    return found
 
 
 class Mixer(nn.Module):
@@ -55,4 +84,11 @@ class Memory(Protocol):
 
     def initial(self, blocks: Items[Block], linears: Linears) -> list[Initial]:
         """Return, for each block, what a document begins with."""
+        ...
+
+    def handed_on(self, states: list[State]) -> list[Initial] | None:
+        """Return what a document may begin with instead: the first stream's state as it stands.
+
+        None where a memory has no random state passing. (TransformerFAM, section 3.4.)
+        """
         ...

@@ -110,7 +110,9 @@ class FamMixer(Mixer):
         slot_k, slot_v = (torch.stack(parts, 1) for parts in zip(*keys, strict=True))
         return (slot_k, slot_v), slots, torch.zeros_like(state.fresh)
 
-    def _rotate(self, q: Tensor, k: Tensor, n: int, segments: Segments) -> tuple[Tensor, Tensor]:
+    def _rotate(
+        self, q: Tensor, k: Tensor, n: int, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
         """Place the slots at the end of segment n-1, and their queries there or at the end of n."""
         assert segments.slot_cos is not None and segments.slot_sin is not None
         asks = n + 1 if self.memory.query_position == "current" else n
@@ -177,3 +179,8 @@ class Fam(nn.Module):
             x = block(x)
             initial.append(FamInitial(linears.gather(x), fresh))
         return initial
+
+    def handed_on(self, states: list[FamState]) -> list[FamInitial]:
+        """Return the first stream's slots. They hold text: no zero residual, no gradient."""
+        holds_text = torch.zeros((), dtype=torch.bool, device=states[0].slots.device)
+        return [FamInitial(state.slots[0].detach().clone(), holds_text) for state in states]

@@ -43,7 +43,9 @@ def empty_window(window: int, segments: Segments, block: Block, like: Tensor) ->
     """Return the window of streams that have read nothing."""
     shape = (segments.batch, window, segments.length, block.num_kv_heads, block.head_dim)
     nothing = torch.zeros(shape, device=like.device, dtype=like.dtype)
-    return WindowState(nothing, nothing, torch.zeros_like(segments.starts[:, 0], dtype=torch.int64))
+    return WindowState(
+        nothing, nothing, torch.zeros_like(segments.starts[:, 0], dtype=torch.int64)
+    )
 
 
 def read_tokens(
@@ -86,9 +88,7 @@ class WindowMixer(Mixer):
     ) -> tuple[Tensor, WindowState]:
         """Return the block's output rows and the next window."""
         tokens = read_tokens(block, x, segments, state, self.window)
-        attended = segments.sequence.fold(
-            tokens.q, tokens.k, tokens.v, visible=tokens.visible
-        )
+        attended = segments.sequence.fold(tokens.q, tokens.k, tokens.v, visible=tokens.visible)
         return block.finish(x, attended.flatten(0, 2)), tokens.state
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> WindowState:
@@ -112,3 +112,7 @@ class Window(nn.Module):
     def initial(self, blocks: Items[Any], linears: Linears) -> list[None]:
         """A document begins with nothing: `visible` hides what came before."""
         return [None] * len(blocks)
+
+    def handed_on(self, states: list[WindowState]) -> None:
+        """Nothing: keys of another document are no start."""
+        return None

@@ -1,0 +1,78 @@
+# Everything runs from a fresh clone with Python 3.11 or later, git and make.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# What is installed as torch, before anything else so that no dependency chooses a build first.
+TORCH ?= -c constraints.txt torch
+EXTRAS ?= dev
+# Ranks are processes here: one thread each, or four ranks on two cores fight over them.
+export OMP_NUM_THREADS ?= 1
+# DeepSpeed would compile its C++ operators while installing; none is needed.
+export DS_BUILD_OPS := 0
+PYTEST_ARGS ?=
+# Test processes of pytest-xdist; 0 runs in one. Distributed tests start 2 to 4 ranks themselves.
+JOBS ?= 0
+QUICKSTART_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SHELL_FILES := $(wildcard slurm/*.sh) .ci/run
+
+.PHONY: help setup gpu quickstart test test-slow lint types format constraints clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## install everything into .venv, once for each change of the pins
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"{sys.executable} is Python {sys.version.split()[0]}; longhaul needs 3.11 or later:" \
+	  " make setup PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	@# The other pins hold beside whichever torch is there now.
+	{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze | grep '^torch=='; } \
+	  > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+gpu: $(READY)  ## add flash-attn and Transformer Engine (needs a CUDA toolkit; compiles)
+	$(BIN)/python -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[gpu]'
+
+quickstart: $(READY)  ## set up, then pretrain a small model on this machine: four CPU ranks
+	test -d shards || $(BIN)/longhaul prepare stdlib --output shards
+	$(BIN)/torchrun --standalone --nproc-per-node=4 --no-python \
+	  $(BIN)/longhaul pretrain configs/quickstart.yaml $(QUICKSTART_ARGS)
+
+test: $(READY)  ## set up, then run the tests (without those marked slow)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## the tests marked slow (a real one-machine SLURM cluster among them)
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+
+lint: $(READY)  ## style, formatting, import contracts, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x $(SHELL_FILES)
+
+types: $(READY)  ## mypy --strict
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(READY)  ## write constraints.txt from what .venv holds
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//'; \
+	} > $(VENV)/pins && mv $(VENV)/pins constraints.txt
+	touch $(READY)
+
+clean:  ## remove the environment and every cache (runs/ holds checkpoints and stays)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	  .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The application: configuration, command line and training loop, on top of the rest."""

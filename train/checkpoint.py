@@ -1,0 +1,300 @@
+"""Sharded checkpoints: complete or invisible, verified on load, no pickle.
+
+    checkpoints/step-00000200/rank-00003.safetensors   a rank's own share
+                              manifest.json            layout, config, sha256 of every file
+    checkpoints/latest                                 the name of the newest
+
+A save fills a temporary folder; the manifest is written last, then the folder gets its name. A
+rank's share is fragments of float32 master weights and moments, named by parameter and place, with
+its streams' memory and its random state. Weights themselves are the rounded masters: not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parallel.tensor import Cut
+
+FORMAT = 1
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int  # updates done
+    position: int  # samples consumed
+    updates: float  # updates that were not skipped: AdamW's own count
+    nonfinite: int  # steps in a row that were skipped just before
+    layout: dict[str, int]  # tp, cp, dp, zero
+    config: dict[str, Any]  # the resolved configuration
+    data: str  # fingerprint of the training corpus
+    vocab_size: int  # of the corpus's tokenizer, or as configured
+    parameters: dict[str, dict[str, Any]]  # name -> shape (of a part), dim, stride
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]  # name -> sha256, bytes
+    format: int = FORMAT
+
+
+class BadCheckpoint(Exception):
+    """A checkpoint folder that must not be loaded; says what is wrong with it."""
+
+
+def save(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    describe: Callable[[dict[str, dict[str, Any]]], Manifest],
+    *,
+    step: int,
+) -> Path:
+    """Write step's checkpoint into folder, every rank its own tensors; return its path.
+
+    describe makes the manifest from the files' hashes (called on rank 0). All ranks call this
+    together; an error on one is raised on all.
+    """
+    final, work = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
+    rank = dist.get_rank()
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+
+    def write() -> tuple[str, dict[str, Any]]:
+        path = work / f"rank-{rank:05d}.safetensors"
+        # Clones: safetensors refuses views of one storage, and fragments are views.
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
+        _sync(path)
+        return path.name, {"sha256": file_hash(path), "bytes": path.stat().st_size}
+
+    _together(prepare)
+    files = dict(_together(write))
+
+    def commit() -> None:
+        if rank == 0:
+            text = json.dumps(asdict(describe(files)), indent=1, sort_keys=True)
+            _write(work / "manifest.json", text)
+            _sync(work)
+            if final.exists():  # the same step again, after going back to an older checkpoint
+                final.rename(work.with_suffix(".old"))
+            work.rename(final)
+            shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
+            _write(folder / "latest.tmp", final.name)
+            (folder / "latest.tmp").rename(folder / "latest")
+            _sync(folder)
+
+    _together(commit)
+    return final
+
+
+def _together(action: Callable[[], Any]) -> list[Any]:
+    """Run action on every rank; return all results, or raise on all what failed on any."""
+    try:
+        mine: tuple[Any, str | None] = (action(), None)
+    except OSError as error:
+        mine = (None, f"rank {dist.get_rank()}: {error}")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    errors = [error for _, error in everyone if error is not None]
+    if errors:
+        raise OSError("checkpoint not saved: " + "; ".join(errors))
+    return [result for result, _ in everyone]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in folder, oldest first."""
+    return sorted(path for path in folder.glob("step-????????") if path.is_dir())
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Return a checkpoint's manifest.
+
+    Raises BadCheckpoint where it is missing, unreadable, or of another format.
+    """
+    try:
+        values = json.loads((checkpoint / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{checkpoint}: no readable manifest.json ({error})") from error
+    if values.get("format") != FORMAT:
+        raise BadCheckpoint(
+            f"{checkpoint}: format {values.get('format')}, this longhaul reads format {FORMAT}"
+        )
+    try:
+        return Manifest(**values)
+    except TypeError as error:
+        raise BadCheckpoint(
+            f"{checkpoint}: manifest.json is not a manifest ({error})"
+        ) from error
+
+
+def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
+    """Return the manifest after comparing size and sha256 of the files (names: only these).
+
+    Raises BadCheckpoint naming the first file that differs.
+    """
+    manifest = read_manifest(checkpoint)
+    for name in names if names is not None else manifest.files:
+        if name not in manifest.files:
+            raise BadCheckpoint(f"{checkpoint}: the manifest knows no file {name}")
+        expected, path = manifest.files[name], checkpoint / name
+        if not path.exists():
+            raise BadCheckpoint(f"{path}: missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise BadCheckpoint(
+                f"{path}: {path.stat().st_size} bytes, {expected['bytes']} were written"
+            )
+        if file_hash(path) != expected["sha256"]:
+            raise BadCheckpoint(
+                f"{path}: its sha256 is not the manifest's; the file was damaged"
+            )
+    return manifest
+
+
+def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint that all ranks find good, or None; say what was passed over.
+
+    Each rank verifies its share of the files.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    newest_step: int | None = None
+    for checkpoint in reversed(list_checkpoints(folder)):
+        problem: str | None = None
+        manifest: Manifest | None = None
+        try:
+            manifest = read_manifest(checkpoint)
+            verify(checkpoint, sorted(manifest.files)[rank::world])
+        except BadCheckpoint as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * world
+        dist.all_gather_object(problems, problem)
+        found = [text for text in problems if text is not None]
+        step = int(checkpoint.name.removeprefix("step-"))
+        newest_step = step if newest_step is None else newest_step
+        if not found:
+            assert manifest is not None
+            if step != newest_step:
+                say(f"resuming from step {step}: {newest_step - step} steps are lost")
+            return checkpoint, manifest
+        say(f"checkpoint not used: {'; '.join(dict.fromkeys(found))}")
+    return None
+
+
+def choose_checkpoint(folder: Path) -> tuple[Path, Manifest]:
+    """Return one checkpoint, verified: folder itself, or the newest good one of a run folder.
+
+    Raises ValueError where there is none.
+    """
+    if (folder / "manifest.json").exists() and "step-" in folder.name:
+        try:
+            return folder, verify(folder)
+        except BadCheckpoint as error:
+            raise ValueError(f"{error}; choose another checkpoint") from error
+    problems = []
+    for checkpoint in reversed(list_checkpoints(folder / "checkpoints")):
+        try:
+            return checkpoint, verify(checkpoint)
+        except BadCheckpoint as error:
+            problems.append(str(error))
+    found = "; ".join(problems) or "it has no checkpoints/step-*"
+    raise ValueError(f"{folder} holds no good checkpoint: {found}")
+
+
+def load_tensors(checkpoint: Path, rank: int) -> dict[str, Tensor]:
+    """Return a rank's tensors."""
+    with safe_open(checkpoint / f"rank-{rank:05d}.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def retain(folder: Path, *, keep: int, keep_every: int | None) -> list[Path]:
+    """Delete checkpoints beyond the newest `keep`, but for multiples of keep_every; return them."""
+    spent = []
+    for checkpoint in list_checkpoints(folder)[:-keep]:
+        step = int(checkpoint.name.removeprefix("step-"))
+        if keep_every is None or step % keep_every:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            doomed = checkpoint.with_suffix(".tmp")
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
+            spent.append(checkpoint)
+    return spent
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Delete what an interrupted save left behind; return the names."""
+    leftovers = [path for path in folder.glob("step-*") if path.suffix in (".tmp", ".old")]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return [path.name for path in leftovers]
+
+
+class MasterWeights:
+    """Whole float32 weights of a checkpoint of any layout, read one at a time."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self.checkpoint, self.manifest = checkpoint, manifest
+        self.places: dict[str, list[tuple[int, str, int]]] = {}  # name -> (rank, key, start)
+        for rank in range(len(manifest.files)):
+            with self._open(rank) as file:
+                for key in file.keys():
+                    kind, _, rest = key.partition("/")
+                    name, _, start = rest.rpartition("@")
+                    if kind == "master":
+                        self.places.setdefault(name, []).append((rank, key, int(start)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a parameter joined from all ranks' fragments.
+
+        Raises BadCheckpoint where an element is missing.
+        """
+        entry, tp = self.manifest.parameters[name], self.manifest.layout["tp"]
+        shape = torch.Size(entry["shape"])
+        cut = Cut(entry["dim"], entry["stride"])
+        parts = [torch.empty(shape.numel()) for _ in range(tp)]
+        covered = [0] * tp
+        for rank, key, start in self.places.get(name, []):
+            with self._open(rank) as file:
+                values = file.get_tensor(key)
+            parts[rank % tp][start : start + values.numel()] = values  # TP is the fastest axis
+            covered[rank % tp] += values.numel()
+        if any(count != shape.numel() for count in covered):
+            raise BadCheckpoint(
+                f"{self.checkpoint}: {name} has {covered} of {shape.numel()} elements a rank"
+            )
+        return cut.join([part.view(shape) for part in parts])
+
+    def _open(self, rank: int) -> Any:
+        return safe_open(self.checkpoint / f"rank-{rank:05d}.safetensors", framework="pt")
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

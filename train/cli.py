@@ -1,0 +1,356 @@
+r"""The command line: `longhaul prepare | pretrain | config | evaluate`.
+
+Only what parsing needs is imported here; torch and the rest load inside the commands, so that
+help and configuration errors come at once. What a user did wrong is one message on stderr
+and exit code 2, never a traceback. In help texts, a line `\b` keeps the next block's lines
+apart (so D301, raw docstrings, does not fit: the character itself must be there).
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from train.provenance import PACKAGES, check_provenance
+
+app = typer.Typer(
+    name="longhaul",
+    help=(
+        "Pretrain language models on documents longer than a device holds.\n\n"
+        "Begin on a laptop, in three commands:\n\n"
+        "\b\n"
+        "  longhaul prepare stdlib --output runs/quickstart-data\n"
+        "  longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1\n"
+        "  longhaul evaluate runs/quickstart --memory off\n\n"
+        "On several ranks: torchrun --no-python --nproc-per-node 4 longhaul pretrain FILE."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text: the same in a terminal and in a job's log
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="The run's YAML file.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE...",
+        help="Values to change, by dotted key: train.steps=50 data.segment_len=32k.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUTS...",
+            help="Files or folders of text, JSONL or parquet, plain or compressed; or the word"
+            " stdlib for this Python's own library, a corpus that needs no download.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder to write: it gets train/, valid/ and the tokenizer."),
+    ],
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes (nothing to train or fetch), or a tokenizers JSON file.")
+    ] = "bytes",
+    train_tokenizer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="VOCAB",
+            help="Train a tokenizer of this many tokens on a sample of the inputs instead.",
+        ),
+    ] = None,
+    valid_fraction: Annotated[
+        float, typer.Option(help="Share of the documents kept for validation.")
+    ] = 0.01,
+    shard_tokens: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Tokens in a shard, such as 16M.")
+    ] = "16M",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that tokenize.", show_default="all cores")
+    ] = None,
+    text_key: Annotated[
+        str, typer.Option(help="Key or column with the text, for JSONL and parquet.")
+    ] = "text",
+    force: Annotated[bool, typer.Option("--force", help="Replace what output holds.")] = False,
+) -> None:
+    """Turn text into shards of tokens, once, before training.
+
+    Writes WebDataset shards with an index and a manifest (hashes, counts, the tokenizer), so
+    that training finds damage and resumes at any sample. The same inputs give the same shards,
+    and the same command goes on where it was stopped.
+
+    \b
+    Examples:
+      longhaul prepare stdlib --output runs/quickstart-data
+      longhaul prepare books/ papers.jsonl.zst --output shards --train-tokenizer 32000
+
+    Next: set data.train to OUTPUT/train and data.valid to OUTPUT/valid, then
+    `longhaul pretrain`.
+    """  # noqa: D301
+    if train_tokenizer is not None and tokenizer != "bytes":
+        raise ValueError(
+            f"--tokenizer {tokenizer} and --train-tokenizer {train_tokenizer} exclude each"
+            " other; give one"
+        )
+    tokens = _token_option("--shard-tokens", shard_tokens)
+    from data.prepare import prepare as write_shards
+    from data.tokenizer import TokenizerTraining, load_tokenizer
+
+    done = write_shards(
+        inputs,
+        output,
+        tokenizer=(
+            load_tokenizer(tokenizer)
+            if train_tokenizer is None
+            else TokenizerTraining(vocab_size=train_tokenizer)
+        ),
+        valid_fraction=valid_fraction,
+        shard_tokens=tokens,
+        workers=workers,
+        text_key=text_key,
+        force=force,
+    )
+    if done.reused:
+        typer.echo(f"{done.output} holds just this already; --force writes it anew")
+    for side, manifest in (("train", done.train), ("valid", done.valid)):
+        if manifest is not None:
+            typer.echo(
+                f"{done.output / side}: {manifest.documents:,} documents,"
+                f" {manifest.tokens:,} tokens, {len(manifest.shards):,} shards"
+            )
+    if done.ignored:
+        typer.echo(f"left out as no text: {len(done.ignored):,} files, such as {done.ignored[0]}")
+
+
+@app.command()
+def pretrain(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Begin again: an existing run folder is set aside under a dated name."
+            " Without it, a run goes on from its newest good checkpoint.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model, or go on where its run stopped.
+
+    Everything is checked before any rank starts, and every problem is told at once. The run
+    folder (run_dir, else runs/<name>) gets the resolved configuration, checkpoints and metrics.
+    The same command resumes: after a crash, a preemption or on other numbers of ranks.
+
+    \b
+    Examples:
+      longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1
+      torchrun --no-python --nproc-per-node 4 longhaul pretrain configs/quickstart.yaml
+      longhaul pretrain FILE model.memory.name=none name=without_memory
+
+    Next: `longhaul evaluate runs/<name>`, or look at MLflow; `longhaul config` explains keys.
+    """  # noqa: D301
+    from train.config import ConfigError, load
+
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        # every rank finds the same problems in the same file; once is enough to read
+        if rank == 0:
+            typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    fresh = fresh and not _is_restart()
+    if fresh and rank == 0:
+        # the others look into the folder only after they have met rank 0
+        aside = set_aside(config.run_dir)
+        if aside is not None:
+            typer.echo(f"--fresh: {config.run_dir} is now {aside}")
+    from train.quiet import quieten_libraries
+    from train.signals import StopRequest
+
+    stop = StopRequest()  # before torch is imported, which takes seconds: no signal is lost
+    quieten_libraries()
+    from train.pretrain import run
+
+    raise typer.Exit(run(config, fresh=fresh, stop=stop))
+
+
+@app.command()
+def config(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="The run's YAML file.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", help="Print the JSON schema instead, with the help of every key."),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Check that it fits this many ranks, too."),
+    ] = None,
+) -> None:
+    """Check a configuration and print it complete, defaults and overrides included.
+
+    Writes nothing, needs no GPU and no data: try a cluster's file on a laptop. The output is
+    a configuration file itself. Lengths take k and M (32k = 32768 tokens), durations s, min, h.
+
+    \b
+    Examples:
+      longhaul config configs/quickstart.yaml train.steps=50
+      longhaul config configs/pretrain_8b.yaml --world-size 64
+      longhaul config --schema > longhaul.schema.json
+
+    Next: give the schema to your editor (yaml-language-server completes and explains keys), and
+    the file to `longhaul pretrain`.
+    """  # noqa: D301
+    import json
+
+    from train.config import dump, load
+    from train.config import schema as config_schema
+
+    if schema:
+        typer.echo(json.dumps(config_schema(), indent=2))
+        return
+    if file is None:
+        raise ValueError("name a configuration FILE, or ask for --schema")
+    resolved = load(file, overrides or (), world_size=world_size)
+    tokens = resolved.train.batch_size * resolved.data.sample_len
+    typer.echo(
+        f"# a step: {resolved.train.batch_size} lanes x {resolved.num_segments} segments of"
+        f" {resolved.data.segment_len} tokens = {tokens:,} tokens;"
+        f" {resolved.train.steps:,} steps = {tokens * resolved.train.steps:,} tokens"
+    )
+    if world_size is not None:
+        tp, cp = resolved.parallel.tp, resolved.parallel.cp
+        typer.echo(f"# {world_size} ranks: tp {tp} x cp {cp} x dp {world_size // (tp * cp)}")
+    typer.echo(dump(resolved), nl=False)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A checkpoint folder, or a run folder for its newest good one.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Prepared shards to read.",
+            show_default="the run's data.valid",
+        ),
+    ] = None,
+    memory: Annotated[
+        Literal["on", "off"],
+        typer.Option(
+            help="off forgets after every segment: the difference is what the memory is worth.",
+        ),
+    ] = "on",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Stop after this many tokens, such as 1M.",
+            show_default="all of them",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the numbers there, as JSON."),
+    ] = None,
+) -> None:
+    """Measure a checkpoint's loss, by position in the document.
+
+    Loss that goes on falling far into a document, and rises with --memory off, is a memory at
+    work. Prints a table; writes only the file that you name.
+
+    \b
+    Examples:
+      longhaul evaluate runs/quickstart
+      longhaul evaluate runs/quickstart --memory off --tokens 1M --output off.json
+
+    Next: compare with a run of model.memory.name=none at the same number of tokens.
+    """  # noqa: D301
+    limit = None if tokens is None else _token_option("--tokens", tokens)
+    from train.evaluate import run
+
+    raise typer.Exit(run(checkpoint, data=data, memory=memory == "on", tokens=limit, output=output))
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    try:
+        check_provenance()
+        app(prog_name="longhaul")
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        # once ranks run, an error can be one rank's own: say whose
+        typer.echo(f"{error}" if rank == "0" else f"[rank {rank}] {error}", err=True)
+        sys.exit(2)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Return where a run folder was moved to, None where there was nothing in it.
+
+    The name is the folder's with the time, so nothing of an old run is ever overwritten.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    stem = f"{folder.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}"
+    aside, number = folder.with_name(stem), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{stem}-{number}")
+    folder.rename(aside)
+    return aside
+
+
+def _is_restart() -> bool:
+    """Return whether SLURM or torchrun started this very command before.
+
+    A requeued job runs the same line again; --fresh in it must not throw its progress away.
+    """
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Return whether our code raised it, and so worded it for the user.
+
+    One out of a library keeps its traceback: it is a bug, and its text explains nothing.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
+    root = Path(__file__).parent.parent
+    return any(raised_in.is_relative_to(root / package) for package in PACKAGES)
+
+
+def _token_option(option: str, text: str) -> int:
+    from train.units import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None

@@ -1,0 +1,148 @@
+"""What a run starts from, checked before any rank waits for another.
+
+Every process does this by itself, on the same files, so all find the same problems: the command
+line prints them once and all exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.index import Corpus
+from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
+from train.config import Config, ConfigError
+
+FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
+"""What cannot change in the middle of a run: shapes of the weights, and which sample is which."""
+
+SAME_LAYOUT = ("parallel.tp", "parallel.cp", "parallel.zero", "train.micro_batch")
+"""What cannot change yet: which rank saved what."""
+
+FREE = ("model.memory.random_state_passing",)
+"""Inside FIXED, but a matter of training only."""
+
+
+class Inputs(NamedTuple):
+    """The opened data."""
+
+    train: Corpus
+    valid: Corpus | None
+
+
+def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inputs:
+    """Return the run's corpora; raise ConfigError with every problem of data and checkpoint.
+
+    fresh: the run folder's checkpoints do not matter.
+    """
+    problems: list[tuple[str, str]] = []
+    train = _open(config, config.data.train, "data.train", problems)
+    valid = None
+    if config.data.valid is not None:
+        valid = _open(config, config.data.valid, "data.valid", problems)
+    if train is not None:
+        problems += _tokenizer_problems(config, train, valid)
+    newest = None if fresh else newest_manifest(config.run_dir / "checkpoints")
+    if newest is not None:
+        problems += checkpoint_problems(config, newest, world_size)
+        if train is not None and newest.data != train.fingerprint:
+            problems.append(
+                (
+                    "data.train",
+                    f"{config.data.train} is not the corpus that run {config.run_dir} was trained"
+                    " on (its manifest has another fingerprint), so its position means other"
+                    " documents; give that corpus, or another name or run_dir",
+                )
+            )
+    if problems:
+        raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
+    assert train is not None
+    return Inputs(train, valid)
+
+
+def _open(
+    config: Config, folder: Path, field: str, problems: list[tuple[str, str]]
+) -> Corpus | None:
+    try:
+        return Corpus.open(folder, on_damage=config.data.on_damage)
+    except (ValueError, OSError) as error:
+        problems.append((field, str(error)))
+        return None
+
+
+def _tokenizer_problems(
+    config: Config, train: Corpus, valid: Corpus | None
+) -> list[tuple[str, str]]:
+    problems = []
+    held, asked = train.manifest.vocab_size, config.model.vocab_size
+    if asked is not None and asked < held:
+        problems.append(
+            (
+                "model.vocab_size",
+                f"{asked} is less than the {held} tokens of {config.data.train}'s tokenizer;"
+                f" use {held} or leave it out",
+            )
+        )
+    if valid is not None and (
+        valid.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256
+    ):
+        problems.append(
+            (
+                "data.valid",
+                f"{config.data.valid} was made with another tokenizer than {config.data.train};"
+                " prepare both with the same one",
+            )
+        )
+    return problems
+
+
+def newest_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of the newest checkpoint that has one."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            return read_manifest(checkpoint)
+        except BadCheckpoint:
+            continue  # resuming passes over it too, and says so
+    return None
+
+
+def checkpoint_problems(
+    config: Config, manifest: Manifest, world_size: int
+) -> list[tuple[str, str]]:
+    """Return (field, message) for what keeps this configuration from going on from a checkpoint."""
+    saved, now = _flat(manifest.config), _flat(config.model_dump(mode="json"))
+    problems = []
+    for name in sorted(saved.keys() | now.keys()):
+        before, after = saved.get(name), now.get(name)
+        if before == after or name in FREE:
+            continue
+        if any(name == field or name.startswith(field + ".") for field in FIXED):
+            problems.append(
+                (
+                    name,
+                    f"{after}, but run {config.run_dir} was trained with {before}; set it back, or"
+                    " give another name, or --fresh to begin again",
+                )
+            )
+        elif name in SAME_LAYOUT:
+            problems.append(
+                (name, f"{after}, but the checkpoints were saved with {before}; set it back")
+            )
+    ranks = len(manifest.files)
+    if not problems and ranks != world_size:
+        problems.append(
+            ("world size", f"{world_size}, but the checkpoints were saved by {ranks} ranks; start"
+             f" {ranks}")
+        )  # fmt: skip
+    return problems
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,140 @@
+"""The step, as the data flows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.streams import IGNORE, Batch
+from model.memory.base import Initial, State, detach, map_tensors
+from parallel.mesh import Mesh
+from parallel.slicing import take_slice
+from train.build import Built
+from train.config import Config
+from train.schedule import learning_rate
+
+
+@dataclass
+class TrainState:
+    """Everything that changes as training goes on, beside weights and moments."""
+
+    step: int = 0  # steps done; their samples are consumed
+    skipped: int = 0  # of them, in a row until now, without an update
+    updates: int = 0  # of them, with one
+    memory: dict[int, list[State]] = field(default_factory=dict)  # by micro-batch of this rank
+    passed: list[Initial] | None = None  # what random state passing may begin a document with
+
+
+class StepResult(NamedTuple):
+    """What one step gave."""
+
+    loss: float  # mean over all targets of the step, all ranks
+    grad_norm: float | None  # before clipping; None: not finite, the step was skipped
+    lr: float
+    targets: int
+
+
+def train_steps(
+    config: Config,
+    built: Built,
+    mesh: Mesh,
+    state: TrainState,
+    batches: Iterable[list[Batch]],
+) -> Iterator[StepResult]:
+    """Do one optimizer step for each item of batches and yield its result."""
+    for micro_batches in batches:
+        before = dict(state.memory)
+        targets = count_targets(micro_batches, mesh)
+        scale = torch.tensor(1.0 / max(1, targets), device=mesh.device)
+        passed = state.passed if takes_passed_state(config, state.step) else None
+        total = torch.zeros((), device=mesh.device)
+        windows = [
+            (index, batch, first)
+            for index, batch in enumerate(micro_batches)
+            for first in range(0, batch.tokens.shape[1], config.bptt_segments)
+        ]
+        for number, (index, batch, first) in enumerate(windows):
+            tokens, labels, starts = window(batch, first, config.bptt_segments, built, mesh)
+            output = built.engine(
+                tokens,
+                starts,
+                state.memory.get(index),
+                labels=labels,
+                scale=scale,
+                passed=passed,
+            )
+            total += output.loss.detach()
+            last = number == len(windows) - 1
+            loss = poison(output.loss, total, mesh) if last else output.loss
+            built.engine.backward(loss, last=last)
+            state.memory[index] = detach(output.state)
+        lr = learning_rate(config.train, state.step)
+        grad_norm = built.engine.step(lr)
+        dist.all_reduce(total, group=mesh.zero_group)
+        state.step += 1
+        if grad_norm is None:
+            state.memory = before  # what this step left in the memory may not be finite either
+            state.skipped += 1
+        else:
+            state.skipped = 0
+            state.updates += 1
+            hand_on(config, built, mesh, state)
+        yield StepResult(total.item(), grad_norm, lr, targets)
+
+
+def window(
+    batch: Batch, first: int, count: int, built: Built, mesh: Mesh
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this rank's tokens and labels [B, n, S / cp] and starts [B, n] of one BPTT window."""
+    segments = slice(first, first + count)
+    tokens, labels = (
+        take_slice(x[:, segments], built.layout, mesh.cp_rank).to(mesh.device)
+        for x in (batch.tokens, batch.labels)
+    )
+    return tokens, labels, batch.starts[:, segments].to(mesh.device)
+
+
+def count_targets(batches: list[Batch], mesh: Mesh) -> int:
+    """Return the number of target tokens of a step over all ranks."""
+    mine = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    count = torch.tensor(mine, dtype=torch.int64, device=mesh.device)
+    dist.all_reduce(count, group=mesh.dp_group)
+    return int(count.item())
+
+
+def poison(loss: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
+    """Return loss, or nan on every rank where the step's loss is not finite on any.
+
+    ZeRO skips a step whose gradient is not finite; this makes a bad loss one of those.
+    """
+    everywhere = total.clone()
+    dist.all_reduce(everywhere, group=mesh.zero_group)
+    return loss * torch.where(everywhere.isfinite(), 1.0, math.nan)
+
+
+def takes_passed_state(config: Config, step: int) -> bool:
+    """Return whether documents begin this step with passed state: a function of (seed, step)."""
+    probability = getattr(config.model.memory, "random_state_passing", 0.0)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    return bool(torch.rand((), generator=generator).item() < probability)
+
+
+def hand_on(config: Config, built: Built, mesh: Mesh, state: TrainState) -> None:
+    """Keep the first lane's state for random state passing, the same on all DP ranks."""
+    if not getattr(config.model.memory, "random_state_passing", 0.0):
+        return
+    passed = built.model.memory.handed_on(state.memory[0])
+    if passed is not None:
+        source = dist.get_process_group_ranks(mesh.dp_group)[0]
+
+        def spread(tensor: Tensor) -> Tensor:
+            dist.broadcast(tensor, source, group=mesh.dp_group)
+            return tensor
+
+        state.passed = map_tensors(spread, passed)

@@ -1,0 +1,323 @@
+"""`longhaul pretrain`: from a checked configuration to a finished, or stopped, run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shlex
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.loader import load
+from data.streams import Streams
+from model.decoder import Output
+from model.memory.base import State, named_tensors
+from parallel.mesh import Mesh, build_mesh, start_processes
+from train.build import Built, build, to_model_config
+from train.config import Config, dump
+from train.evaluate import choose_lanes, evaluate
+from train.inputs import Inputs, open_inputs
+from train.loop import StepResult, TrainState, train_steps
+from train.metrics import FORMULA_NAME, mfu, peak_flops, training_flops_per_token
+from train.positions import PositionLosses
+from train.progress import Progress, Status
+from train.resume import RunFolder
+from train.signals import StopRequest
+from train.summary import plot, summarise
+from train.tracker import NoTracker, Tracker, describe_run
+
+
+def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
+    """Train until the last step or a stop signal; return the exit code.
+
+    fresh: rank 0 has set an old run folder aside, or is about to before it meets the others.
+    Raises ConfigError, before any rank waits for another, where data or checkpoint do not fit.
+    """
+    inputs = open_inputs(config, int(os.environ.get("WORLD_SIZE", "1")), fresh=fresh)
+    start_processes(timedelta(seconds=config.parallel.timeout_s))
+    try:
+        mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp)
+        torch.manual_seed(config.seed)
+        model_config = to_model_config(config, inputs.train.manifest.vocab_size)
+        built = build(config, model_config, mesh)
+        return Pretraining(config, inputs, built, mesh, stop).run()
+    finally:
+        dist.destroy_process_group()
+
+
+class Pretraining:
+    """One attempt at a run: what its parts share while it lasts."""
+
+    def __init__(
+        self, config: Config, inputs: Inputs, built: Built, mesh: Mesh, stop: StopRequest
+    ) -> None:
+        self.config, self.inputs, self.built = config, inputs, built
+        self.mesh, self.stop, self.first = mesh, stop, mesh.rank == 0
+        self.folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
+        self.tokens_per_step = config.train.batch_size * config.data.sample_len
+        self.flops = training_flops_per_token(built.model.config, config.data.segment_len)
+        self.peak = peak_flops(mesh.device, config.train.precision)
+
+    def run(self) -> int:
+        """Resume, train, evaluate, sum up; the checkpoint of the last step is always written."""
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            state = self.folder.resume(self._say)
+            self.progress = stack.enter_context(
+                Progress(
+                    config.train.steps,
+                    first=state.step,
+                    log_every=config.train.log_every,
+                    ranks=self.mesh.world_size,
+                    shown=self.first,
+                )
+            )
+            self.tracker = self._open_tracker(stack)
+            self._announce(state)
+            finished = self._train(state)
+            if self.folder.saved_at != state.step:
+                self._save(state)
+            if finished:
+                self._finish(state)
+            else:
+                self.tracker.event(
+                    f"stopped by {self.stop.received or 'another rank'}", state.step
+                )
+                self.progress.say(
+                    f"stopped at step {state.step}, saved; continue with: {continue_command()}"
+                )
+        return 0
+
+    def _train(self, state: TrainState) -> bool:
+        """Train; return whether every step is done (else: asked to stop)."""
+        config = self.config
+        streams = Streams(
+            self.inputs.train.lengths,
+            seed=config.seed,
+            lanes=config.train.batch_size,
+            segment_len=config.data.segment_len,
+            segments=config.num_segments,
+        )
+        with contextlib.closing(
+            load(
+                self.inputs.train,
+                streams,
+                position=state.step * config.train.batch_size,
+                dp_rank=self.mesh.dp_rank,
+                dp_size=self.mesh.dp,
+                micro_batch=config.train.micro_batch,
+                workers=config.data.workers,
+                steps=max(0, config.train.steps - state.step),
+            )
+        ) as batches:
+            began = time.perf_counter()
+            for result in train_steps(config, self.built, self.mesh, state, batches):
+                now = time.perf_counter()
+                self._record(state, result, now - began)
+                self._check_finite(state, result)
+                if state.step % config.checkpoint.every == 0:
+                    self._save(state)
+                if config.train.eval_every and state.step % config.train.eval_every == 0:
+                    self._evaluate(state, memory=True)
+                if state.step < config.train.steps and self.stop.agreed(self.mesh.device):
+                    return False
+                began = time.perf_counter()
+        return True
+
+    def _record(self, state: TrainState, result: StepResult, seconds: float) -> None:
+        tokens_per_s = self.tokens_per_step / seconds
+        used = mfu(tokens_per_s, self.flops, self.peak, self.mesh.world_size)
+        row = {
+            "step": state.step,
+            "loss": result.loss,
+            "grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_s": tokens_per_s,
+            "mfu": used,
+            "time": time.time(),
+        }
+        if self.first:
+            self.folder.log(row)
+        due = state.step % self.config.train.log_every == 0 or state.step == 1
+        if due:
+            metrics = {
+                name: value for name, value in row.items() if name not in ("step", "time")
+            }
+            self.tracker.metrics(metrics | memory_norms(state), state.step)
+        self.progress.update(
+            state.step,
+            Status(result.loss, result.grad_norm, result.lr, tokens_per_s, used, self._held()),
+        )
+
+    def _held(self) -> int | None:
+        """Return the most bytes this rank's GPU held; None on a CPU."""
+        if self.mesh.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.mesh.device)
+
+    def _say(self, text: str) -> None:
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+    def _check_finite(self, state: TrainState, result: StepResult) -> None:
+        """Name the samples of a step that was skipped; raise after max_nonfinite in a row."""
+        if result.grad_norm is not None:
+            return
+        lanes = self.config.train.batch_size
+        first = (state.step - 1) * lanes
+        text = (
+            f"step {state.step} skipped: gradient not finite (loss {result.loss:.4g}), samples"
+            f" {first} to {first + lanes - 1}; {state.skipped} in a row"
+        )
+        self.progress.say(text)
+        self.tracker.event(text, state.step)
+        if state.skipped >= max(1, self.config.train.max_nonfinite):
+            self._save(state)
+            raise FloatingPointError(
+                f"{state.skipped} steps in a row had a gradient that is not finite"
+                f" (train.max_nonfinite={self.config.train.max_nonfinite}), the last on samples"
+                f" {first} to {first + lanes - 1}; lower train.lr, or look at those samples."
+                f" Weights are those before these steps, saved at step {state.step}"
+            )
+
+    def _save(self, state: TrainState) -> None:
+        began = time.perf_counter()
+        path = self.folder.save(state)
+        seconds = time.perf_counter() - began
+        self.progress.say(f"saved {path} in {seconds:.2f} s")
+        self.tracker.metrics({"save_s": seconds}, state.step)
+
+    def _evaluate(self, state: TrainState, *, memory: bool) -> PositionLosses | None:
+        if self.inputs.valid is None:
+            return None
+        config, valid = self.config, self.inputs.valid
+        losses = evaluate(
+            self._forward,
+            valid,
+            segment_len=config.data.segment_len,
+            segments=config.num_segments,
+            lanes=choose_lanes(len(valid.lengths), config.train.batch_size, self.mesh.dp),
+            tokens=config.train.eval_tokens,
+            memory=memory,
+            mesh=self.mesh,
+            layout=self.built.layout,
+            micro_batch=config.train.micro_batch,
+        )
+        name = "valid/loss" if memory else "valid/loss_memory_off"
+        self.tracker.metrics({name: losses.loss}, state.step)
+        self.progress.say(f"step {state.step} | {name} {losses.loss:.4f}")
+        return losses
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        state: list[State] | None,
+        labels: Tensor,
+        scale: Tensor,
+    ) -> Output:
+        result: Output = self.built.engine(tokens, starts, state, labels=labels, scale=scale)
+        return result
+
+    def _finish(self, state: TrainState) -> None:
+        on, off = self._evaluate(state, memory=True), self._evaluate(state, memory=False)
+        if not self.first:
+            return
+        history = self.folder.history()
+        picture = plot(self.folder.path, history=history, on=on, off=off, title=self._title())
+        self.tracker.artifact(picture)
+        self.folder.finish()
+        text = summarise(
+            self.folder.path,
+            history=history,
+            on=on,
+            off=off,
+            formula=FORMULA_NAME,
+            peak_source=self.peak.source,
+            checkpoint=self.folder.checkpoints / f"step-{state.step:08d}",
+            tracking=self.tracker.uri if isinstance(self.tracker, Tracker) else "off",
+            continue_command=continue_command(steps=2 * self.config.train.steps),
+        )
+        self.progress.say(text)
+
+    def _open_tracker(self, stack: contextlib.ExitStack) -> Tracker | NoTracker:
+        tracking = self.config.tracking
+        if not (self.first and tracking.enabled):
+            return NoTracker()
+        tracker = Tracker.open(
+            self.folder.path,
+            experiment=tracking.experiment,
+            run_name=self.config.name,
+            uri=tracking.uri,
+            queue_size=tracking.queue,
+        )
+
+        def close(kind: Any, error: Any, trace: Any) -> None:
+            tracker.close(status="FINISHED" if kind is None else "FAILED")
+
+        stack.push(close)
+        return tracker
+
+    def _announce(self, state: TrainState) -> None:
+        """Say what runs, and write it down."""
+        if not self.first:
+            return
+        config, mesh = self.config, self.mesh
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        parameters = sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.built.model.parameters()
+        )
+        self.progress.say(
+            f"{self._title()} | {mesh.world_size} ranks on {mesh.device.type}"
+            f" | {parameters / 1e6:.2f}M parameters a TP rank"
+            f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
+        )
+        describe_run(
+            self.tracker,
+            self.folder.path,
+            dump(config),
+            Path(config.data.train) / "manifest.json",
+        )
+        self.tracker.params(config.model_dump(mode="json"))
+        self.tracker.tags({"formula.mfu": FORMULA_NAME, "peak": self.peak.source})
+        self.tracker.event(f"started at step {state.step}", state.step)
+
+    def _title(self) -> str:
+        config, mesh = self.config, self.mesh
+        parallel = config.parallel
+        scattered = "+SP" if parallel.sequence_parallel and mesh.tp > 1 else ""
+        return (
+            f"{config.name}: memory {config.model.memory.name}, TP {mesh.tp}{scattered} x CP"
+            f" {mesh.cp} x DP {mesh.dp}, ZeRO {parallel.zero}, {config.train.precision}"
+        )
+
+
+def memory_norms(state: TrainState) -> dict[str, float]:
+    """Return the root mean square of each kind of memory tensor, over layers: does it grow?"""
+    squares: dict[str, list[float]] = {}
+    for name, tensor in named_tensors(state.memory.get(0, []), "memory").items():
+        if tensor.is_floating_point() and tensor.numel():
+            kind = "memory/rms_" + name.split("/", 2)[2].replace("/", "_")
+            squares.setdefault(kind, []).append(tensor.float().square().mean().item())
+    return {kind: math.sqrt(sum(values) / len(values)) for kind, values in squares.items()}
+
+
+def continue_command(steps: int | None = None) -> str:
+    """Return the command line that goes on with this run, with more steps if given."""
+    words = ["longhaul", *sys.argv[1:]]
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local is not None:
+        words = ["torchrun", "--no-python", "--nproc-per-node", local, *words]
+    if steps is not None:
+        words = [word for word in words if not word.startswith("train.steps=")]
+        words.append(f"train.steps={steps}")
+    return shlex.join(word for word in words if word != "--fresh")
+

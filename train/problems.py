@@ -1,0 +1,210 @@
+"""Finds every problem of raw configuration values and says each in one line.
+
+Fields are validated one by one, not as a whole model: pydantic leaves out what reads several
+fields as soon as one field is wrong, and the user would meet his problems one after the other.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, get_args
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from train.rules import broken_rules
+from train.units import shown
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration: a header, then one line for each.
+
+    Attributes:
+        problems: the lines, without the header and the indentation.
+    """
+
+    def __init__(self, source: str, problems: Iterable[str]) -> None:
+        # a line break inside a quoted key would make two lines of one problem
+        self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {p}" for p in self.problems)]))
+
+
+def find_problems(
+    root: type[BaseModel], raw: Mapping[str, object], world_size: int | None
+) -> list[str]:
+    """Return a line for each problem of raw values for the model `root`."""
+    look = _Examination(root)
+    look.at_section(root, raw, "")
+    rules = broken_rules({**look.values, "world_size": world_size})
+    return look.problems + [f"{path}: {message}" for path, message in rules]
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that a field holds, None for a value or a union."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def union_members(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """Return the sections of a field that is a union told apart by `name`, {} for others."""
+    if field.discriminator is None:
+        return {}
+    return {
+        tag: member
+        for member in get_args(field.annotation)
+        for tag in get_args(member.model_fields["name"].annotation)
+    }
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the known word that is closest, "" if none is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _Examination:
+    """A walk over raw values that collects valid fields, by dotted path, and problem lines."""
+
+    def __init__(self, root: type[BaseModel]) -> None:
+        self.values: dict[str, object] = {}
+        self.problems: list[str] = []
+        # for a key in the wrong place: where it lives, the first place winning
+        self.places: dict[str, _Place] = {}
+        for place in _places(root, "", ""):
+            self.places.setdefault(place.path.rpartition(".")[2], place)
+
+    def at_section(self, section: type[BaseModel], raw: Mapping[str, object], path: str) -> None:
+        for name, field in section.model_fields.items():
+            where = path + name
+            inner = section_of(field)
+            if inner is not None:
+                self.at_inner(inner, raw.get(name), where)
+            elif union_members(field):
+                self.at_union(field, raw.get(name), where)
+            elif name in raw:
+                self.at_field(field, raw[name], where)
+            elif field.is_required():
+                self.problems.append(f"{where}: missing; {_first_sentence(field)}")
+            elif not field.default_factory_takes_validated_data:
+                # (a default made from other fields, run_dir, is read by no rule)
+                self.values[where] = field.get_default(call_default_factory=True)
+        for key in raw:
+            if key not in section.model_fields:
+                self.problems.append(self.unknown_key(section, path, str(key)))
+
+    def at_inner(self, section: type[BaseModel], value: object, where: str) -> None:
+        # a section left out, or with every key commented out, has its fields' defaults
+        if value is None:
+            value = {}
+        if isinstance(value, Mapping):
+            self.at_section(section, value, where + ".")
+        else:
+            self.problems.append(f"{where}: expected keys below it, got {shown(value)}")
+
+    def at_union(self, field: FieldInfo, value: object, where: str) -> None:
+        members = union_members(field)
+        if value is None:
+            value = field.get_default(call_default_factory=True).model_dump()
+        if not isinstance(value, Mapping):
+            name = value if value in members else next(iter(members))
+            self.problems.append(
+                f"{where}: expected keys below it, got {shown(value)};"
+                f" write {{name: {name}}}, or {where}.name={name} as an override"
+            )
+        elif "name" not in value:
+            self.problems.append(f"{where}.name: missing; one of {', '.join(members)}")
+        elif not isinstance(value["name"], str) or value["name"] not in members:
+            self.problems.append(f"{where}.name: {_not_one_of(value['name'], members)}")
+        else:
+            self.at_section(members[value["name"]], value, where + ".")
+
+    def at_field(self, field: FieldInfo, value: object, where: str) -> None:
+        if isinstance(value, Mapping):
+            self.problems += [
+                f"{where}.{key}: unknown key; {where} is a value and has no keys" for key in value
+            ]
+            return
+        rules = tuple(field.metadata)
+        kind: Any = Annotated[(field.annotation, *rules)] if rules else field.annotation
+        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        try:
+            self.values[where] = adapter.validate_python(value)
+        except ValidationError as error:
+            details = error.errors(include_url=False)[0]
+            self.problems.append(f"{where}: {_message(details, field, value)}")
+
+    def unknown_key(self, section: type[BaseModel], path: str, key: str) -> str:
+        place = self.places.get(key)
+        if place is not None and place.path == path + key:
+            hint = f"; only name={place.member} has it"
+        elif place is not None:
+            hint = f"; did you mean {place.path!r}?"
+        else:
+            known = ", ".join(section.model_fields)
+            hint = did_you_mean(key, section.model_fields) or f"; known here: {known}"
+        return f"{path}{key}: unknown key{hint}"
+
+
+class _Place(NamedTuple):
+    path: str
+    member: str  # the union member that has it, "" outside a union
+
+
+def _places(section: type[BaseModel], path: str, member: str) -> Iterator[_Place]:
+    """Yield the place of every key of a section, then of the sections below it."""
+    below: list[tuple[type[BaseModel], str, str]] = []
+    for name, field in section.model_fields.items():
+        where = path + name
+        if (inner := section_of(field)) is not None:
+            below.append((inner, where + ".", ""))
+        elif members := union_members(field):
+            below += [(found, where + ".", tag) for tag, found in members.items()]
+        else:
+            yield _Place(where, member)
+    for arguments in below:
+        yield from _places(*arguments)
+
+
+def _first_sentence(field: FieldInfo) -> str:
+    """Return what a missing field is for, as a problem line ends."""
+    sentence = (field.description or "").split(". ")[0].split(": ")[0].rstrip(".")
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _not_one_of(value: object, allowed: Iterable[object]) -> str:
+    words = [str(word) for word in allowed]
+    hint = did_you_mean(value, words) if isinstance(value, str) else ""
+    return f"{shown(value)} is not one of {', '.join(words)}{hint}"
+
+
+def _message(details: ErrorDetails, field: FieldInfo, given: object) -> str:
+    """Return pydantic's finding about one field with value, limit and remedy."""
+    value, context = shown(given), details.get("ctx", {})
+    match details["type"]:
+        case "value_error":  # ours, from train.units
+            return str(context["error"])
+        case "literal_error":
+            return _not_one_of(given, get_args(field.annotation))
+        case "greater_than_equal":
+            return f"{value} is too small; the least is {context['ge']:g}"
+        case "greater_than":
+            return f"{value} is too small; it must be above {context['gt']:g}"
+        case "less_than_equal":
+            return f"{value} is too large; the most is {context['le']:g}"
+        case "less_than":
+            return f"{value} is too large; it must be below {context['lt']:g}"
+        case "bool_type" | "bool_parsing":
+            return f"expected true or false, got {value}"
+        case "string_type":
+            return f"expected text, got {value}; write it in quotes if it is meant as text"
+        case "path_type":
+            return f"expected a path, got {value}"
+        case "string_too_short":
+            return f"{value} is empty; leave it out or give a value"
+        case "string_pattern_mismatch":
+            return (
+                f"{value} is not a name; use letters, digits, '.', '_' and '-', and begin with"
+                " a letter or digit"
+            )
+    return f"{details['msg']}, got {value}"

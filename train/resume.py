@@ -1,0 +1,92 @@
+"""The run folder: what a run leaves there, and how the next attempt goes on from it.
+
+config.yaml      resolved configuration        log.jsonl   one row a step
+checkpoints/     sharded, verified             tracking/   MLflow's spool and embedded store
+summary.png      the end of the run            DONE        written when all steps are done
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from parallel.mesh import Mesh
+from train import checkpoint, snapshot
+from train.build import Built
+from train.config import Config
+from train.loop import TrainState
+
+
+class RunFolder:
+    """A run's folder, seen by one rank; only rank 0 writes what is not a share."""
+
+    def __init__(self, config: Config, built: Built, mesh: Mesh, data: str) -> None:
+        self.config, self.built, self.mesh, self.data = config, built, mesh, data
+        self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
+        self.saved_at: int | None = None
+
+    def resume(self, say: Callable[[str], None]) -> TrainState:
+        """Return the state of the newest good checkpoint, put back; a new one where there is none."""
+        if self.mesh.rank == 0:
+            for name in checkpoint.remove_unfinished(self.checkpoints):
+                say(f"removed what an interrupted save left: {name}")
+        dist.barrier()
+        found = checkpoint.find_newest_good(self.checkpoints, say)
+        if found is None:
+            state = TrainState()
+        else:
+            path, manifest = found
+            tensors = checkpoint.load_tensors(path, self.mesh.rank)
+            state = snapshot.restore(self.built, self.mesh, manifest, tensors)
+            self.saved_at = state.step
+            say(f"resumed at step {state.step} from {path}")
+        if self.mesh.rank == 0:
+            self._forget_rows_after(state.step)
+        return state
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint of every rank's share, then delete the ones no longer kept."""
+        tensors = snapshot.collect(self.built, self.mesh, state)
+        path = checkpoint.save(
+            self.checkpoints,
+            tensors,
+            lambda files: snapshot.describe(
+                self.config, self.built, self.mesh, state, self.data, files
+            ),
+            step=state.step,
+        )
+        self.saved_at = state.step
+        if self.mesh.rank == 0:
+            kept = self.config.checkpoint
+            checkpoint.retain(self.checkpoints, keep=kept.keep, keep_every=kept.keep_every)
+        return path
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to log.jsonl (rank 0)."""
+        with (self.path / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the rows of log.jsonl; a last line cut short by a crash is left out."""
+        try:
+            lines = (self.path / "log.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def finish(self) -> None:
+        """Write DONE: finished, not only stopped (rank 0)."""
+        (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
+
+    def _forget_rows_after(self, step: int) -> None:
+        """Drop rows of steps that will be done again."""
+        rows = [row for row in self.history() if row["step"] <= step]
+        self.path.mkdir(parents=True, exist_ok=True)
+        replacement = self.path / "log.jsonl.tmp"
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replacement.rename(self.path / "log.jsonl")
+        (self.path / "DONE").unlink(missing_ok=True)

@@ -1,0 +1,274 @@
+"""What fields of the configuration must satisfy together, each rule with its remedy.
+
+A rule names the fields that it reads, and is left out while one of them is itself broken, so
+every problem that can be known is told at once. A message gives the value, the limit and the
+nearest values that work.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """One rule: where its message is shown, what it reads, and the check."""
+
+    path: str
+    needs: tuple[str, ...]
+    check: Callable[..., str | None]
+
+
+def broken_rules(values: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return (dotted path, message) of each rule that the values break, in the order of RULES.
+
+    values: each valid field by its dotted path, and `world_size` (None where not known).
+    """
+    problems = []
+    for rule in RULES:
+        if all(path in values for path in rule.needs):
+            message = rule.check(*(values[path] for path in rule.needs))
+            if message is not None:
+                problems.append((rule.path, message))
+    return problems
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """Return the multiples of `of` next to value, nearest first, as `32 or 48`."""
+    below = value // of * of
+    return _nearest({below, below + of} - {0}, value)
+
+
+def nearest_divisors(value: int, of: int) -> str:
+    """Return the divisors of `of` next to value, nearest first, as `2 or 4`."""
+    small = [number for number in range(1, math.isqrt(of) + 1) if of % number == 0]
+    divisors = {*small, *(of // number for number in small)}
+    return _nearest(divisors, value)
+
+
+def _nearest(numbers: Iterable[int], value: int) -> str:
+    """Return the number next to value on each side, nearest first, as `2 or 4`."""
+    numbers = set(numbers)
+    below = sorted(number for number in numbers if number <= value)[-1:]
+    above = sorted(number for number in numbers if number > value)[:1]
+    near = sorted(below + above, key=lambda number: abs(number - value))
+    return " or ".join(map(str, near))
+
+
+def _multiple(value: int, of: int, name: str, otherwise: str = "") -> str | None:
+    """Return the problem of a value that is no multiple; name says what `of` is."""
+    if value % of == 0:
+        return None
+    use = nearest_multiples(value, of) + (f", or {otherwise}" if otherwise else "")
+    return f"{value} is not a multiple of {name} = {of}; use {use}"
+
+
+# model
+
+
+def _kv_heads(num_kv_heads: int, num_heads: int) -> str | None:
+    if num_heads % num_kv_heads == 0:
+        return None
+    return (
+        f"{num_kv_heads} does not divide num_heads = {num_heads} (each key head serves the same"
+        f" number of query heads); use {nearest_divisors(num_kv_heads, num_heads)}"
+    )
+
+
+def _heads_over_tp(num_heads: int, tp: int) -> str | None:
+    return _multiple(num_heads, tp, "parallel.tp", "lower parallel.tp")
+
+
+def _kv_heads_over_tp(num_kv_heads: int, tp: int) -> str | None:
+    return _multiple(num_kv_heads, tp, "parallel.tp", "lower parallel.tp")
+
+
+def _ffn_over_tp(ffn_size: int, tp: int) -> str | None:
+    return _multiple(ffn_size, tp, "parallel.tp")
+
+
+def _head_dim(head_dim: int | None, hidden_size: int, num_heads: int) -> str | None:
+    if head_dim is not None:
+        if head_dim % 2 == 0:
+            return None
+        return f"{head_dim} is odd, but rotary embedding turns pairs; use {head_dim + 1}"
+    if hidden_size % (2 * num_heads) == 0:
+        return None
+    return (
+        f"left out, so it is hidden_size / num_heads = {hidden_size} / {num_heads}, which is"
+        " not an even whole number (rotary embedding turns pairs); use hidden_size"
+        f" {nearest_multiples(hidden_size, 2 * num_heads)} or give head_dim"
+    )
+
+
+def _fam_slots(slots: int, segment_len: int) -> str | None:
+    if slots <= segment_len:
+        return None
+    return (
+        f"{slots} is more than data.segment_len = {segment_len} (slots take the last positions"
+        f" of a segment); use at most {segment_len}"
+    )
+
+
+# lengths
+
+
+def _segment_len(segment_len: int, cp: int, layout: str) -> str | None:
+    if layout == "contiguous":
+        return _multiple(segment_len, cp, "parallel.cp")
+    contiguous = "set parallel.layout=contiguous" if segment_len % cp == 0 else ""
+    return _multiple(segment_len, 2 * cp, "2 * parallel.cp (zigzag: two chunks a rank)", contiguous)
+
+
+def _sample_len(sample_len: int, segment_len: int) -> str | None:
+    return _multiple(sample_len, segment_len, "data.segment_len")
+
+
+def _bptt_len(bptt_len: int | None, sample_len: int, segment_len: int) -> str | None:
+    if bptt_len is None or sample_len % segment_len:
+        return None
+    if bptt_len > sample_len:
+        return (
+            f"{bptt_len} is longer than data.sample_len = {sample_len}, and gradients never"
+            f" reach into another sample; use {sample_len} or a longer sample"
+        )
+    if bptt_len % segment_len == 0 and sample_len % bptt_len == 0:
+        return None
+    segments = sample_len // segment_len
+    lengths = [n * segment_len for n in range(1, segments + 1) if segments % n == 0]
+    if bptt_len % segment_len:
+        limit = f"is not a multiple of data.segment_len = {segment_len}"
+    else:
+        limit = f"does not divide data.sample_len = {sample_len}"
+    return f"{bptt_len} {limit}; use {_nearest(lengths, bptt_len)}"
+
+
+# ranks and rows
+
+
+def _world_size(tp: int, cp: int, world_size: int | None) -> str | None:
+    if world_size is None or world_size % (tp * cp) == 0:
+        return None
+    return (
+        f"world size {world_size} is not tp * cp * dp with tp * cp = {tp} * {cp} = {tp * cp};"
+        f" start {nearest_multiples(world_size, tp * cp)} ranks, or change tp or cp"
+    )
+
+
+def _batch_size(
+    batch_size: int, micro_batch: int, tp: int, cp: int, world_size: int | None
+) -> str | None:
+    if world_size is None or world_size % (tp * cp):
+        # dp is not known; whatever it is, the rows of a rank are whole micro-batches
+        return _multiple(batch_size, micro_batch, "train.micro_batch")
+    dp = world_size // (tp * cp)
+    return _multiple(batch_size, dp * micro_batch, f"dp * micro_batch = {dp} * {micro_batch}")
+
+
+def _sharded_rows(
+    sequence_parallel: bool,
+    tp: int,
+    cp: int,
+    micro_batch: int,
+    bptt_len: int | None,
+    sample_len: int,
+    segment_len: int,
+) -> str | None:
+    window = sample_len if bptt_len is None else bptt_len
+    if not sequence_parallel or window % segment_len or segment_len % cp:
+        return None
+    rows = micro_batch * window // cp
+    if rows % tp == 0:
+        return None
+    return (
+        "a call's rows, micro_batch * bptt_len / cp ="
+        f" {micro_batch} * {window} / {cp} = {rows}, do not split over parallel.tp = {tp}; use"
+        f" data.segment_len {nearest_multiples(segment_len, cp * math.lcm(2, tp))} or set"
+        " parallel.sequence_parallel=false"
+    )
+
+
+def _sharded_slots(slots: int, sequence_parallel: bool, tp: int) -> str | None:
+    if not sequence_parallel:
+        return None
+    return _multiple(
+        slots, tp, "parallel.tp (sequence parallelism)", "set parallel.sequence_parallel=false"
+    )
+
+
+# schedule
+
+
+def _min_lr(min_lr: float, lr: float) -> str | None:
+    if min_lr <= lr:
+        return None
+    return f"{min_lr:g} is above train.lr = {lr:g}, where the schedule starts; use at most {lr:g}"
+
+
+def _warmup_steps(warmup_steps: int, steps: int) -> str | None:
+    if warmup_steps < steps:
+        return None
+    return (
+        f"{warmup_steps} leaves no step at full rate, train.steps = {steps};"
+        f" use at most {steps - 1}"
+    )
+
+
+def _decay_steps(
+    decay_steps: int | None, schedule: str, steps: int, warmup_steps: int
+) -> str | None:
+    left = steps - warmup_steps
+    if schedule != "wsd" or left < 1:
+        return None
+    if decay_steps is None:
+        return f"missing, and schedule=wsd needs it; {max(1, left // 10)} is a tenth of the run"
+    if decay_steps <= left:
+        return None
+    return (
+        f"{decay_steps} is more than steps - warmup_steps = {steps} - {warmup_steps} = {left};"
+        f" use at most {left}"
+    )
+
+
+def _eval_every(eval_every: int | None, valid: object) -> str | None:
+    if eval_every is None or valid is not None:
+        return None
+    return f"{eval_every} needs data.valid, which is not set; give a prepared folder, or use null"
+
+
+def _keep_every(keep_every: int | None, every: int) -> str | None:
+    if keep_every is None:
+        return None
+    return _multiple(keep_every, every, "checkpoint.every")
+
+
+_TP, _CP, _SP = "parallel.tp", "parallel.cp", "parallel.sequence_parallel"
+_HEADS, _KV_HEADS = "model.num_heads", "model.num_kv_heads"
+_SEGMENT, _SAMPLE, _BPTT = "data.segment_len", "data.sample_len", "train.bptt_len"
+_SLOTS = "model.memory.slots"
+_BATCH, _MICRO = "train.batch_size", "train.micro_batch"
+_STEPS, _WARMUP = "train.steps", "train.warmup_steps"
+
+RULES: tuple[Rule, ...] = (
+    Rule(_KV_HEADS, (_KV_HEADS, _HEADS), _kv_heads),
+    Rule(_HEADS, (_HEADS, _TP), _heads_over_tp),
+    Rule(_KV_HEADS, (_KV_HEADS, _TP), _kv_heads_over_tp),
+    Rule("model.ffn_size", ("model.ffn_size", _TP), _ffn_over_tp),
+    Rule("model.head_dim", ("model.head_dim", "model.hidden_size", _HEADS), _head_dim),
+    Rule(_SLOTS, (_SLOTS, _SEGMENT), _fam_slots),
+    Rule(_SLOTS, (_SLOTS, _SP, _TP), _sharded_slots),
+    Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
+    Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),
+    Rule(_BPTT, (_BPTT, _SAMPLE, _SEGMENT), _bptt_len),
+    Rule("parallel", (_TP, _CP, "world_size"), _world_size),
+    Rule(_SP, (_SP, _TP, _CP, _MICRO, _BPTT, _SAMPLE, _SEGMENT), _sharded_rows),
+    Rule(_BATCH, (_BATCH, _MICRO, _TP, _CP, "world_size"), _batch_size),
+    Rule("train.min_lr", ("train.min_lr", "train.lr"), _min_lr),
+    Rule(_WARMUP, (_WARMUP, _STEPS), _warmup_steps),
+    Rule(
+        "train.decay_steps",
+        ("train.decay_steps", "train.schedule", _STEPS, _WARMUP),
+        _decay_steps,
+    ),
+    Rule("train.eval_every", ("train.eval_every", "data.valid"), _eval_every),
+    Rule("checkpoint.keep_every", ("checkpoint.keep_every", "checkpoint.every"), _keep_every),
+)

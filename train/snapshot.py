@@ -1,0 +1,148 @@
+"""Between a running training and the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.decoder import Decoder
+from model.interfaces import Segments
+from model.memory.base import State, named_tensors
+from parallel.mesh import Mesh
+from parallel.tensor import cut_of
+from train.build import Built, to_compute_config, to_model_config
+from train.checkpoint import BadCheckpoint, Manifest, MasterWeights, choose_checkpoint
+from train.config import Config, validate
+from train.loop import TrainState
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "longhaul")
+
+
+def collect(built: Built, mesh: Mesh, state: TrainState) -> dict[str, Tensor]:
+    """Return this rank's share of everything that training goes on from, by name."""
+    tensors = {
+        f"{kind}/{fragment.name}@{fragment.start}": values
+        for fragment in built.engine.fragments()
+        for kind, values in fragment.values.items()
+    }
+    for index, memory in state.memory.items():
+        tensors |= named_tensors(memory, f"memory/{index}")
+    if state.passed is not None:
+        tensors |= named_tensors(state.passed, "passed")
+    tensors["random/cpu"] = torch.get_rng_state()
+    if mesh.device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return tensors
+
+
+def restore(
+    built: Built, mesh: Mesh, manifest: Manifest, tensors: dict[str, Tensor]
+) -> TrainState:
+    """Put a share back where `collect` took it; return the state it was taken at.
+
+    Raises BadCheckpoint where the share is not one of this model in this layout.
+    """
+    for fragment in built.engine.fragments():
+        for kind, values in fragment.values.items():
+            name = f"{kind}/{fragment.name}@{fragment.start}"
+            saved = tensors.pop(name, None)
+            if saved is None or saved.shape != values.shape:
+                raise BadCheckpoint(f"no {name} of {values.numel()} elements in the checkpoint")
+            values.copy_(saved)
+    built.engine.restore(manifest.updates)
+    torch.set_rng_state(tensors.pop("random/cpu"))
+    if mesh.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors.pop("random/cuda"), mesh.device)
+    state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates))
+    on_device = {name: tensor.to(mesh.device) for name, tensor in tensors.items()}
+    for index in sorted(
+        {int(name.split("/")[1]) for name in tensors if name.startswith("memory/")}
+    ):
+        template = empty_state(built.model)
+        state.memory[index] = _fill(template, on_device, f"memory/{index}")
+    if any(name.startswith("passed/") for name in tensors):
+        template = built.model.memory.handed_on(empty_state(built.model))
+        state.passed = _fill(template, on_device, "passed")
+    return state
+
+
+def describe(
+    config: Config,
+    built: Built,
+    mesh: Mesh,
+    state: TrainState,
+    data: str,
+    files: dict[str, dict[str, Any]],
+) -> Manifest:
+    """Return the manifest of a checkpoint taken now."""
+    parameters = {}
+    for name, parameter in built.model.named_parameters():
+        cut = cut_of(parameter)
+        # Under ZeRO 3 the parameter itself is empty between uses.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        parameters[name] = {"shape": list(shape), "dim": cut.dim, "stride": cut.stride}
+    return Manifest(
+        step=state.step,
+        position=state.step * config.train.batch_size,
+        updates=state.updates,
+        nonfinite=state.skipped,
+        layout=layout_of(config, mesh),
+        config=config.model_dump(mode="json"),
+        data=data,
+        vocab_size=built.model.config.vocab_size,
+        parameters=parameters,
+        versions={"python": platform.python_version()}
+        | {package: metadata.version(package) for package in PACKAGES},
+        files=files,
+    )
+
+
+def read_model(folder: Path) -> tuple[Decoder, Config]:
+    """Return a checkpoint's model, whole and in float32 on this process, and its configuration.
+
+    folder: a checkpoint, or a run for its newest good one. Raises ValueError where there is none.
+    """
+    path, manifest = choose_checkpoint(folder)
+    config = validate(manifest.config, source=str(path / "manifest.json"))
+    with torch.device("meta"):
+        model = Decoder(
+            to_model_config(config, manifest.vocab_size), compute=to_compute_config(config)
+        )
+    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    weights = MasterWeights(path, manifest)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model.eval(), config
+
+
+def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
+    """Return what decides which rank holds what."""
+    return {"tp": mesh.tp, "cp": mesh.cp, "dp": mesh.dp, "zero": config.parallel.zero}
+
+
+def empty_state(model: Decoder) -> list[State]:
+    """Return the state of one stream that has read nothing: a template of names and types."""
+    token = torch.zeros((1, 1, 1), dtype=torch.int64, device=next(model.parameters()).device)
+    segments: Segments = model.segments(
+        token.expand(1, 1, 2), torch.ones_like(token[..., 0], dtype=torch.bool), None
+    )
+    like = torch.zeros((), dtype=next(model.parameters()).dtype, device=token.device)
+    return [block.mixer.empty(block, segments, like) for block in model.blocks]  # type: ignore[union-attr,operator,misc]
+
+
+def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
+    """Return a state shaped as the template with the tensors named under prefix."""
+    if isinstance(template, Tensor):
+        if prefix not in tensors:
+            raise BadCheckpoint(f"no {prefix} in the checkpoint: saved with another memory")
+        return tensors[prefix]
+    if isinstance(template, list):
+        return [_fill(part, tensors, f"{prefix}/{i}") for i, part in enumerate(template)]
+    named = template._asdict().items()
+    return type(template)(*(_fill(part, tensors, f"{prefix}/{name}") for name, part in named))
