@@ -1,12 +1,13 @@
 """The loader against plain webdataset on the same shards, and prepare: one markdown table.
 
 Run from the repository root: python benchmarks/data_loader.py
-CPU seconds of one core (process time), medians of 5 alternating passes over all tokens;
-prepare as wall time of one process and of all cores.
+CPU seconds of one core (process time), medians of 5 alternating passes over all tokens; for
+prepare one pass, CPU seconds of all its processes and wall time.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -26,9 +27,7 @@ DOCUMENTS, DOCUMENT_LEN, PASSES = 1024, 32768, 5
 def write_shards(folder: Path) -> Corpus:
     """Return a corpus of 33.5M random bytes in documents of 32k tokens."""
     random = np.random.default_rng(0)
-    texts = (
-        random.integers(0, 256, DOCUMENT_LEN - 1, dtype=np.uint16) for _ in range(DOCUMENTS)
-    )
+    texts = (random.integers(0, 256, DOCUMENT_LEN - 1, dtype=np.uint16) for _ in range(DOCUMENTS))
     write_corpus(folder, texts, tokenizer=ByteTokenizer(), shard_tokens=1 << 22)
     return Corpus.open(folder)
 
@@ -77,8 +76,8 @@ def measure_loaders(folder: Path) -> None:
     """Print Mtok/s per core for each way to read the same shards."""
     corpus = write_shards(folder)
     ways = {
-        "webdataset, documents as int64 (no labels, fixed order, no crc)": lambda: (
-            read_webdataset(corpus)
+        "webdataset, documents as int64 (no labels, fixed order, no crc)": lambda: read_webdataset(
+            corpus
         ),
         "longhaul, S=2048 N=16, first epoch (crc32)": read_loader(corpus, 2048, 16, fresh=True),
         "longhaul, S=2048 N=16, later epochs": read_loader(corpus, 2048, 16, fresh=False),
@@ -102,22 +101,21 @@ def measure_loaders(folder: Path) -> None:
 
 
 def measure_prepare(folder: Path) -> None:
-    """Print MB/s of prepare on the standard library, with bytes and with a 8k BPE."""
+    """Print MB/s of prepare on the standard library, with bytes and with an 8k BPE."""
     sample = (document.text[:60000] for document in documents(["stdlib"]))
     trained = train_tokenizer(sample, vocab_size=8192)
-    print("\n| prepare, Python standard library, wall time | 1 process | all cores |")
+    print("\n| prepare, Python standard library | MB/s per core (CPU) | MB/s (wall) |")
     print("|---|---|---|")
     tokenizers: list[Tokenizer] = [ByteTokenizer(), trained]
     for tokenizer in tokenizers:
-        rates = []
-        for workers in (1, None):
+        for workers in (1, len(os.sched_getaffinity(0))):
             output = folder / f"{tokenizer.name}-{workers}"
-            begin = time.perf_counter()
-            made = prepare(
-                ["stdlib"], output, tokenizer=tokenizer, workers=workers, progress=False
-            )
-            rates.append(made.input_bytes / (time.perf_counter() - begin) / 1e6)
-        print(f"| {tokenizer.name} | {rates[0]:.1f} MB/s | {rates[1]:.1f} MB/s |")
+            cpu, wall = sum(os.times()[:4]), time.perf_counter()
+            made = prepare(["stdlib"], output, tokenizer=tokenizer, workers=workers, progress=False)
+            cpu, wall = sum(os.times()[:4]) - cpu, time.perf_counter() - wall
+            size = made.input_bytes / 1e6
+            name = f"{tokenizer.name}, {workers} worker{'s' * (workers > 1)}"
+            print(f"| {name} | {size / cpu:.1f} | {size / wall:.1f} |")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
                               manifest.json            layout, config, sha256 of every file
     checkpoints/latest                                 the name of the newest
 
-A save fills a temporary folder; the manifest is written last, then the folder gets its name. A
-rank's share is fragments of float32 master weights and moments, named by parameter and place, with
+A save fills a temporary folder; the manifest is written last, then the folder gets its name. One
+found damaged is set aside as step-00000200.bad when a run goes on from an older one. A rank's share is fragments of float32 master weights and moments, named by parameter and place, with
 its streams' memory and its random state. Weights themselves are the rounded masters: not stored.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,8 +86,9 @@ def save(
 
     def commit() -> None:
         if rank == 0:
-            text = json.dumps(asdict(describe(files)), indent=1, sort_keys=True)
-            _write(work / "manifest.json", text)
+            values = asdict(describe(files))
+            values["sha256"] = _values_hash(values)
+            _write(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
             _sync(work)
             if final.exists():  # the same step again, after going back to an older checkpoint
                 final.rename(work.with_suffix(".old"))
@@ -105,7 +106,7 @@ def _together(action: Callable[[], Any]) -> list[Any]:
     """Run action on every rank; return all results, or raise on all what failed on any."""
     try:
         mine: tuple[Any, str | None] = (action(), None)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
         mine = (None, f"rank {dist.get_rank()}: {error}")
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -123,22 +124,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_manifest(checkpoint: Path) -> Manifest:
     """Return a checkpoint's manifest.
 
-    Raises BadCheckpoint where it is missing, unreadable, or of another format.
+    Raises BadCheckpoint where it is missing, unreadable, of another format, or not as written.
     """
     try:
-        values = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        values = dict(json.loads((checkpoint / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise BadCheckpoint(f"{checkpoint}: no readable manifest.json ({error})") from error
     if values.get("format") != FORMAT:
         raise BadCheckpoint(
             f"{checkpoint}: format {values.get('format')}, this longhaul reads format {FORMAT}"
         )
-    try:
-        return Manifest(**values)
-    except TypeError as error:
+    if values.pop("sha256", None) != _values_hash(values):
         raise BadCheckpoint(
-            f"{checkpoint}: manifest.json is not a manifest ({error})"
-        ) from error
+            f"{checkpoint}/manifest.json: its content is not what was written; it was damaged"
+        )
+    return Manifest(**values)
 
 
 def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
@@ -165,13 +165,16 @@ def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
 
 
 def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint that all ranks find good, or None; say what was passed over.
+    """Return the newest checkpoint that all ranks find good; say what was passed over.
 
-    Each rank verifies its share of the files.
+    Each rank verifies its share of the files. None where there is no checkpoint at all. Raises
+    ValueError where there are some and none is good: to begin again unasked would be worse.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    listed = [list_checkpoints(folder)]
+    dist.broadcast_object_list(listed)  # ranks may not see a shared folder alike at one moment
     newest_step: int | None = None
-    for checkpoint in reversed(list_checkpoints(folder)):
+    for checkpoint in reversed(listed[0]):
         problem: str | None = None
         manifest: Manifest | None = None
         try:
@@ -190,7 +193,26 @@ def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Ma
                 say(f"resuming from step {step}: {newest_step - step} steps are lost")
             return checkpoint, manifest
         say(f"checkpoint not used: {'; '.join(dict.fromkeys(found))}")
+    if listed[0]:
+        raise ValueError(
+            f"none of the {len(listed[0])} checkpoints in {folder} is good, see above; mend one, or"
+            " begin again with --fresh, which keeps this run's folder under another name"
+        )
     return None
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints of later steps, found damaged, to step-*.bad; return the new paths.
+
+    Left in place, they would count among the newest, and `retain` delete good ones for them.
+    """
+    moved = []
+    for checkpoint in list_checkpoints(folder):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            aside = checkpoint.with_suffix(".bad")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(checkpoint.rename(aside))
+    return moved
 
 
 def choose_checkpoint(folder: Path) -> tuple[Path, Manifest]:
@@ -278,6 +300,11 @@ class MasterWeights:
 
     def _open(self, rank: int) -> Any:
         return safe_open(self.checkpoint / f"rank-{rank:05d}.safetensors", framework="pt")
+
+
+def _values_hash(values: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest's values, whatever the order and spacing in its file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -24,7 +24,7 @@ app = typer.Typer(
         "\b\n"
         "  longhaul prepare stdlib --output runs/quickstart-data\n"
         "  longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1\n"
-        "  longhaul evaluate runs/quickstart --memory off\n\n"
+        "  longhaul evaluate runs/quickstart\n\n"
         "On several ranks: torchrun --no-python --nproc-per-node 4 longhaul pretrain FILE."
     ),
     no_args_is_help=True,
@@ -161,16 +161,10 @@ def pretrain(
 
     Next: `longhaul evaluate runs/<name>`, or look at MLflow; `longhaul config` explains keys.
     """  # noqa: D301
-    from train.config import ConfigError, load
+    from train.config import load
 
     rank = int(os.environ.get("RANK", "0"))
-    try:
-        config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
-        # every rank finds the same problems in the same file; once is enough to read
-        if rank == 0:
-            typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+    config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     fresh = fresh and not _is_restart()
     if fresh and rank == 0:
         # the others look into the folder only after they have met rank 0
@@ -261,7 +255,8 @@ def evaluate(
     memory: Annotated[
         Literal["on", "off"],
         typer.Option(
-            help="off forgets after every segment: the difference is what the memory is worth.",
+            help="on measures with the memory and without it, for the difference; off only"
+            " without.",
         ),
     ] = "on",
     tokens: Annotated[
@@ -274,18 +269,20 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write the numbers there, as JSON."),
+        typer.Option(
+            metavar="FILE", help="Also write the numbers there, as JSON, and a picture beside."
+        ),
     ] = None,
 ) -> None:
     """Measure a checkpoint's loss, by position in the document.
 
-    Loss that goes on falling far into a document, and rises with --memory off, is a memory at
-    work. Prints a table; writes only the file that you name.
+    Loss that goes on falling far into a document, and is higher without the memory, is a memory
+    at work. Prints a table; writes only the file that you name, and a picture beside it.
 
     \b
     Examples:
       longhaul evaluate runs/quickstart
-      longhaul evaluate runs/quickstart --memory off --tokens 1M --output off.json
+      longhaul evaluate runs/quickstart --tokens 1M --output loss.json
 
     Next: compare with a run of model.memory.name=none at the same number of tokens.
     """  # noqa: D301
@@ -304,8 +301,12 @@ def main() -> None:
         if not _is_ours(error):
             raise
         rank = os.environ.get("RANK", "0")
-        # once ranks run, an error can be one rank's own: say whose
-        typer.echo(f"{error}" if rank == "0" else f"[rank {rank}] {error}", err=True)
+        if rank == "0":
+            typer.echo(f"{error}", err=True)
+        elif type(error).__name__ != "ConfigError":
+            # every rank finds the same problems in the same files, and once is enough to read;
+            # once ranks run, an error can be one rank's own: say whose
+            typer.echo(f"[rank {rank}] {error}", err=True)
         sys.exit(2)
 
 

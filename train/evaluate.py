@@ -128,9 +128,9 @@ class _Tally:
         self.places = places  # of this rank's tokens in their segment
         self.edges = bucket_edges(streams.segment_len, int(streams.lengths.max()))
         self.buckets = np.zeros((2, len(self.edges) - 1))  # losses, tokens
-        # Of each lane, its documents in order: no more than it has segments.
-        self.pieces = np.zeros((2, self.lanes, steps * streams.segments))
-        self.piece = np.full(self.lanes, -1)
+        # Of each lane, its documents in order: no more of them than segments.
+        self.passages = np.zeros((2, self.lanes, steps * streams.segments))
+        self.passage = np.full(self.lanes, -1)
         self.begin = np.zeros(self.lanes, dtype=np.int64)
 
     def add(self, batch: Batch, labels: Tensor, token_losses: Tensor) -> None:
@@ -141,13 +141,13 @@ class _Tally:
         wanted = (labels != IGNORE).numpy()
         losses = np.where(wanted, token_losses.double().cpu().numpy(), 0.0)
         for n in range(starts.shape[1]):
-            self.piece[lanes] += starts[:, n]
+            self.passage[lanes] += starts[:, n]
             self.begin[lanes] = np.where(starts[:, n], offsets[:, n], self.begin[lanes])
             read = offsets[:, n] - self.begin[lanes]  # before this segment
             self._add_positions(read, losses[:, n], wanted[:, n])
             late = read >= self.segment_len
             for row, part in ((0, losses), (1, wanted)):
-                self.pieces[row, lanes, self.piece[lanes]] += part[:, n].sum(-1) * late
+                self.passages[row, lanes, self.passage[lanes]] += part[:, n].sum(-1) * late
 
     def _add_positions(
         self, read: NDArray[np.int64], losses: NDArray[np.float64], wanted: NDArray[np.bool_]
@@ -160,7 +160,7 @@ class _Tally:
 
     def result(self, memory: bool, mesh: Mesh | None) -> PositionLosses:
         """Return the sums over all ranks: DP ranks have different lanes, CP ranks tokens."""
-        flat = np.concatenate([self.buckets.ravel(), self.pieces.ravel()])
+        flat = np.concatenate([self.buckets.ravel(), self.passages.ravel()])
         if mesh is not None:
             total = torch.from_numpy(flat).to(mesh.device)
             dist.all_reduce(total, group=mesh.zero_group)
@@ -175,7 +175,7 @@ class _Tally:
             edges=self.edges[: used + 1],
             sums=tuple(sums[:used].tolist()),
             counts=tuple(counts[:used].astype(int).tolist()),
-            pieces=tuple(
+            passages=tuple(
                 (float(loss), int(count))
                 for loss, count in zip(losses[kept], tokens[kept], strict=True)
             ),
@@ -279,8 +279,8 @@ def _write(
     on: PositionLosses | None,
     off: PositionLosses | None,
 ) -> None:
+    from train.picture import plot_evaluation
     from train.positions import gain
-    from train.summary import plot_evaluation
 
     found = gain(on, off) if on and off else None
     values = {

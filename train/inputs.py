@@ -17,8 +17,16 @@ from train.config import Config, ConfigError
 FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
 """What cannot change in the middle of a run: shapes of the weights, and which sample is which."""
 
-SAME_LAYOUT = ("parallel.tp", "parallel.cp", "parallel.zero", "train.micro_batch")
+SAME_LAYOUT = (
+    "parallel.tp",
+    "parallel.cp",
+    "parallel.zero",
+    "parallel.layout",  # a window's keys are those of a rank's own tokens
+    "train.micro_batch",
+)
 """What cannot change yet: which rank saved what."""
+
+MEMORY = "model.memory.name"
 
 FREE = ("model.memory.random_state_passing",)
 """Inside FIXED, but a matter of training only."""
@@ -112,6 +120,11 @@ def checkpoint_problems(
 ) -> list[tuple[str, str]]:
     """Return (field, message) for what keeps this configuration from going on from a checkpoint."""
     saved, now = _flat(manifest.config), _flat(config.model_dump(mode="json"))
+    if saved[MEMORY] != now[MEMORY]:  # then the keys of each are missing in the other: one problem
+        saved, now = (
+            {k: v for k, v in flat.items() if k == MEMORY or not k.startswith("model.memory.")}
+            for flat in (saved, now)
+        )
     problems = []
     for name in sorted(saved.keys() | now.keys()):
         before, after = saved.get(name), now.get(name)

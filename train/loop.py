@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -120,9 +121,9 @@ def poison(loss: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
 
 def takes_passed_state(config: Config, step: int) -> bool:
     """Return whether documents begin this step with passed state: a function of (seed, step)."""
-    probability = getattr(config.model.memory, "random_state_passing", 0.0)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    return bool(torch.rand((), generator=generator).item() < probability)
+    probability: float = getattr(config.model.memory, "random_state_passing", 0.0)
+    digest = hashlib.sha256(f"{config.seed}:passed:{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < probability * 2**64
 
 
 def hand_on(config: Config, built: Built, mesh: Mesh, state: TrainState) -> None:

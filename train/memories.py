@@ -42,7 +42,7 @@ class FamMemory(Section):
         " The slots themselves are always computed from the current segment alone.",
     )
     state: Literal["paper", "norm", "latch"] = Field(
-        default="paper",
+        default="norm",
         description="What a segment hands on. paper: the residual sum as published, which"
         " drifts over hundreds of segments; norm: the same, normalised; latch: gain * tanh("
         "beta * norm), bounded, and sharp enough to hold a value over very many segments.",

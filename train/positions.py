@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 class PositionLosses:
     """Summed losses of one evaluation, over all ranks.
 
-    Bucket i holds positions edges[i] to edges[i + 1] - 1. `pieces` has, for each document that
-    goes on beyond its first segment, in the order read, the loss summed there and its tokens.
+    Bucket i holds positions edges[i] to edges[i + 1] - 1. `passages` has, for each passage that
+    goes on beyond its first segment, in the order read, the loss summed there and its tokens; a
+    passage is a document, or the part of one that one lane reads.
     """
 
     memory: bool
@@ -25,7 +26,7 @@ class PositionLosses:
     edges: tuple[int, ...]
     sums: tuple[float, ...]
     counts: tuple[int, ...]
-    pieces: tuple[tuple[float, int], ...]
+    passages: tuple[tuple[float, int], ...]
 
     @property
     def tokens(self) -> int:
@@ -77,30 +78,30 @@ class Gain(NamedTuple):
     """What the memory saves beyond the first segment: nats a token, with its standard error."""
 
     mean: float
-    error: float | None  # None: of fewer than two documents
-    documents: int
+    error: float | None  # None: of fewer than two passages
+    passages: int
     tokens: int
 
 
 def gain(on: PositionLosses, off: PositionLosses) -> Gain | None:
     """Return loss(memory off) - loss(memory on) where a past exists to be remembered.
 
-    The difference is taken token by token. Tokens of one document are no independent samples,
-    so the standard error is over documents (a ratio estimate, clustered by document). None
-    where no document goes on beyond its first segment.
+    The difference is taken token by token. Tokens of one passage are no independent samples, so
+    the standard error is over passages (a ratio estimate, clustered by passage). None where no
+    document goes on beyond its first segment.
     """
     assert on.counts == off.counts, "both runs must read the same tokens"
-    tokens = [count for _, count in on.pieces]
-    saved = [forgot[0] - kept[0] for kept, forgot in zip(on.pieces, off.pieces, strict=True)]
-    total, documents = sum(tokens), len(tokens)
+    tokens = [count for _, count in on.passages]
+    saved = [forgot[0] - kept[0] for kept, forgot in zip(on.passages, off.passages, strict=True)]
+    total, passages = sum(tokens), len(tokens)
     if not total:
         return None
     mean = sum(saved) / total
-    if documents < 2:
-        return Gain(mean, None, documents, total)
+    if passages < 2:
+        return Gain(mean, None, passages, total)
     squares = sum((d - mean * n) ** 2 for d, n in zip(saved, tokens, strict=True))
-    error = math.sqrt(squares * documents / (documents - 1)) / total
-    return Gain(mean, error, documents, total)
+    error = math.sqrt(squares * passages / (passages - 1)) / total
+    return Gain(mean, error, passages, total)
 
 
 def describe_gain(on: PositionLosses, off: PositionLosses) -> str:
@@ -109,10 +110,10 @@ def describe_gain(on: PositionLosses, off: PositionLosses) -> str:
     if found is None:
         return "no document goes on beyond its first segment: nothing shows the memory's worth"
     error = f" +- {found.error:.4f}" if found.error is not None else ""
-    noun = "document" if found.documents == 1 else "documents"
+    noun = "passage" if found.passages == 1 else "passages"
     return (
         f"{found.mean:+.4f}{error} nats a token beyond the first segment"
-        f" ({found.tokens:,} tokens of {found.documents:,} {noun})"
+        f" ({found.tokens:,} tokens of {found.passages:,} {noun})"
     )
 
 

@@ -45,6 +45,8 @@ class RunFolder:
             self.saved_at = state.step
             say(f"resumed at step {state.step} from {path}")
         if self.mesh.rank == 0:
+            for aside in checkpoint.set_aside_after(self.checkpoints, state.step):
+                say(f"set aside: {aside}; delete it when nobody needs to look at it")
             self._forget_rows_after(state.step)
         return state
 

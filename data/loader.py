@@ -1,0 +1,186 @@
+"""Reading batches ahead of the training loop, in an order that nothing can change.
+
+Threads, not processes: reading and crc32 release the interpreter's lock, a batch needs no
+copy through a pipe, and a dying job leaves nobody behind.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.index import Corpus
+from data.streams import IGNORE, Batch, Segment, Streams
+
+# Steps read ahead for each worker: one in the making and one ready.
+_AHEAD = 2
+
+
+def load(
+    corpus: Corpus,
+    streams: Streams,
+    *,
+    position: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch: int,
+    workers: int = 1,
+    steps: int | None = None,
+) -> Generator[list[Batch], None, None]:
+    """Return an iterator over steps: each item is this rank's micro-batches, in order.
+
+    Starts at `position` (samples consumed by the whole run) and ends after `steps` steps,
+    or never. TP and CP peers pass the same dp_rank and get the same data. `workers` threads
+    read ahead (0: none, each step is read when asked for) and never change the order; what
+    one of them raises is raised here, at the step it belongs to. Closing the iterator stops
+    them.
+
+    Raises ValueError where the lanes cannot be shared out, or position is inside a step.
+    """
+    lanes = streams.lanes
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank={dp_rank} is not a rank of dp_size={dp_size}")
+    if lanes % dp_size:
+        raise ValueError(
+            f"train.batch_size={lanes} is not a multiple of dp_size={dp_size} (every rank"
+            f" reads the same number of streams); use {-(-lanes // dp_size) * dp_size}"
+        )
+    per_rank = lanes // dp_size
+    if micro_batch < 1 or per_rank % micro_batch:
+        fitting = max(
+            n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n <= max(micro_batch, 1))
+        )
+        raise ValueError(
+            f"train.micro_batch={micro_batch} does not divide the {per_rank} streams of a rank"
+            f" (batch_size={lanes} over dp_size={dp_size}); use {fitting}"
+        )
+    if position < 0 or position % lanes:
+        raise ValueError(
+            f"position={position} is not a multiple of train.batch_size={lanes}: the run was"
+            f" saved with another batch_size; use that one, or start a new run"
+        )
+    if workers < 0:
+        raise ValueError(f"data.workers={workers} must be at least 0")
+    if len(corpus.lengths) != len(streams.lengths):
+        raise ValueError(
+            f"the streams were made for {len(streams.lengths)} documents, the corpus holds"
+            f" {len(corpus.lengths)}; build Streams from corpus.lengths"
+        )
+    first = position + dp_rank * per_rank
+    rows = [first + row for row in range(0, per_rank, micro_batch)]
+    reader = _Reader(corpus, streams, rows, micro_batch)
+    numbers = iter(range(steps)) if steps is not None else count()
+    return _ahead(reader, numbers, workers) if workers else _one_by_one(reader, numbers)
+
+
+class _Reader:
+    """Builds any step of one rank, from its number alone."""
+
+    def __init__(self, corpus: Corpus, streams: Streams, rows: list[int], micro_batch: int) -> None:
+        self._corpus = corpus
+        self._streams = streams
+        self._rows = rows
+        self._micro_batch = micro_batch
+
+    def step(self, number: int) -> list[Batch]:
+        """Return the micro-batches of the step `number` after the first one."""
+        return [
+            assemble(
+                self._corpus,
+                self._streams,
+                row + number * self._streams.lanes,
+                self._micro_batch,
+            )
+            for row in self._rows
+        ]
+
+
+def _one_by_one(reader: _Reader, numbers: Iterator[int]) -> Generator[list[Batch], None, None]:
+    for number in numbers:
+        yield reader.step(number)
+
+
+def _ahead(
+    reader: _Reader, numbers: Iterator[int], workers: int
+) -> Generator[list[Batch], None, None]:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="longhaul-data")
+    pending: deque[Future[list[Batch]]] = deque()
+    try:
+        while True:
+            for number in numbers:
+                pending.append(pool.submit(reader.step, number))
+                if len(pending) > _AHEAD * workers:
+                    break
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def assemble(corpus: Corpus, streams: Streams, position: int, rows: int) -> Batch:
+    """Return the samples position .. position + rows - 1 as one batch."""
+    import torch  # here, so that `longhaul prepare` and its workers start without torch
+
+    shape = (rows, streams.segments, streams.segment_len)
+    # Empty, and padded only where nothing is read: these copies are what a batch costs.
+    tokens = np.empty(shape, dtype=np.int64)
+    labels = np.empty(shape, dtype=np.int64)
+    starts = np.ones(shape[:2], dtype=np.bool_)
+    offsets = np.zeros(shape[:2], dtype=np.int64)
+    for row in range(rows):
+        sample = streams.sample(position + row)
+        for n, segment in enumerate(sample):
+            if segment is not None:
+                starts[row, n] = segment.starts
+                offsets[row, n] = segment.start
+        for first, last, run in _runs(sample):
+            _fill(
+                corpus,
+                run,
+                tokens[row, first:last].reshape(-1),
+                labels[row, first:last].reshape(-1),
+            )
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(starts),
+        torch.from_numpy(offsets),
+        position,
+    )
+
+
+def _runs(sample: list[Segment | None]) -> Iterator[tuple[int, int, Segment | None]]:
+    # Neighbouring segments of one document are one read: only a document's last segment is
+    # shorter than S, so the tokens of a run lie side by side in the row as well.
+    first = 0
+    while first < len(sample):
+        run, last = sample[first], first + 1
+        while run and last < len(sample):
+            segment = sample[last]
+            if not segment or segment.document != run.document or segment.start != run.stop:
+                break
+            run = run._replace(stop=segment.stop)
+            last += 1
+        yield first, last, run
+        first = last
+
+
+def _fill(
+    corpus: Corpus, run: Segment | None, tokens: NDArray[np.int64], labels: NDArray[np.int64]
+) -> None:
+    num_tokens = num_labels = 0
+    # A damaged document is skipped and named by the corpus; padding keeps its place.
+    if run is not None and corpus.intact(run.document):
+        after = min(run.stop + 1, int(corpus.lengths[run.document]))
+        content = corpus.read_stored(run.document, run.start, after)
+        num_tokens, num_labels = run.stop - run.start, after - run.start - 1
+        tokens[:num_tokens] = content[:num_tokens]
+        labels[:num_labels] = content[1:]
+    tokens[num_tokens:] = corpus.manifest.end_of_document
+    labels[num_labels:] = IGNORE
