@@ -43,7 +43,7 @@ gpu: $(READY)  ## add flash-attn and Transformer Engine (needs a CUDA toolkit; c
 	$(BIN)/python -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[gpu]'
 
 quickstart: $(READY)  ## set up, then pretrain a small model on this machine: four CPU ranks
-	test -d shards || $(BIN)/longhaul prepare stdlib --output shards
+	$(BIN)/longhaul prepare stdlib --output runs/quickstart-data
 	$(BIN)/torchrun --standalone --nproc-per-node=4 --no-python \
 	  $(BIN)/longhaul pretrain configs/quickstart.yaml $(QUICKSTART_ARGS)
 

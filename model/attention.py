@@ -123,11 +123,13 @@ class Partial:
     """A fold in progress: (out, lse), in the kernel's type while one piece is all, then float32."""
 
     def __init__(self, q: Tensor) -> None:
-        self.shape, self.out, self.lse = q.shape, None, None  # type: ignore[var-annotated]
+        self.shape = q.shape
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Merge a piece into the given query rows; out [B, H, rows, K]."""
-        if self.out is None:
+        if self.out is None or self.lse is None:
             assert out.shape == self.shape, "the first piece must cover every row"
             self.out, self.lse = out, lse
             return
@@ -141,7 +143,8 @@ class Sum:
     """A gradient in progress: kept as it comes while one piece is all, then in float32."""
 
     def __init__(self, like: Tensor) -> None:
-        self.like, self.total, self.fresh = like, None, False  # type: ignore[var-annotated]
+        self.like, self.fresh = like, False
+        self.total: Tensor | None = None
 
     def add(self, index: tuple[slice, ...], x: Tensor) -> None:
         """Add x at index of the whole."""
@@ -185,7 +188,7 @@ class _Reads:
         return own + [(lag, Span(ALL, ALL, False)) for lag in range(1, self.carried + 1)]
 
     def hide(self, lse: Tensor, lag: int, value: float) -> Tensor:
-        """Return lse [B*N, H, S] with `value` where the segment `lag` before is another document's."""
+        """Return lse [B*N, H, S], `value` where the segment `lag` before is another document's."""
         if lag == 0 or self.visible is None:
             return lse
         hidden = ~self.visible[:, :, lag - 1].reshape(-1, 1, 1)
@@ -199,7 +202,8 @@ def _heads_first(x: Tensor) -> Tensor:
 
 def _heads_last(x: Tensor, batch: int) -> Tensor:
     """[B * N, H, S, K] -> [B, N, S, H, K]."""
-    return x.transpose(1, 2).unflatten(0, (batch, -1))
+    result: Tensor = x.transpose(1, 2).unflatten(0, (batch, -1))
+    return result
 
 
 class _Fold(torch.autograd.Function):
@@ -234,9 +238,7 @@ class _Fold(torch.autograd.Function):
         if slot_k is not None and slot_v is not None:
             partial.add(
                 ALL,
-                *reads.kernel.forward(
-                    queries, _heads_first(slot_k), _heads_first(slot_v), False
-                ),
+                *reads.kernel.forward(queries, _heads_first(slot_k), _heads_first(slot_v), False),
             )
         assert partial.out is not None
         out = partial.out.to(q.dtype)
@@ -332,7 +334,7 @@ class _FoldSlots(torch.autograd.Function):
         queries, *keys = (x.transpose(1, 2) for x in (q, k, v, slot_k, slot_v))
         dout = ctx.exchange.sum(dout.contiguous()).transpose(1, 2)
         dq, dk, dv = kernel.backward(dout, queries, keys[0], keys[1], out, lse, False)
-        # The slots' own keys are held by every rank: each rank keeps an equal part of their gradient.
+        # Every rank holds the slots' own keys: each keeps an equal part of their gradient.
         part = 1.0 / ctx.exchange.size
         own = kernel.backward(dout, queries, keys[2], keys[3], out, lse, False)
         grads = (dq + own[0] * part, dk, dv, own[1] * part, own[2] * part)

@@ -19,7 +19,7 @@ class NoMemory:
 
 @dataclass(frozen=True)
 class WindowMemory:
-    """Block sliding window attention: the keys of the last `segments` segments, no stop-gradient."""
+    """Block sliding window attention: the keys of the last `segments` segments as well."""
 
     segments: int = 1
     name: Literal["window"] = "window"
@@ -27,7 +27,7 @@ class WindowMemory:
 
 @dataclass(frozen=True)
 class FamMemory:
-    """TransformerFAM (Hwang et al. 2024): `slots` rows a layer, fed back from segment to segment."""
+    """TransformerFAM (Hwang et al. 2024): `slots` rows a layer, fed back segment by segment."""
 
     slots: int = 64
     window: int = 0

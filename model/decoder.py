@@ -24,7 +24,7 @@ from model.rope import rope_tables
 
 
 class Block(nn.Module):
-    """norm -> attention -> + -> norm -> SwiGLU -> +, over flat rows; the mixer says what attends."""
+    """norm, attention, +, norm, SwiGLU, +, over flat rows; the mixer says what attends."""
 
     def __init__(
         self, config: ModelConfig, linears: Linears, compute: ComputeConfig, mixer: Mixer
@@ -103,7 +103,8 @@ class Head(nn.Module):
     ) -> Any:
         """Return (loss, token losses [all rows]); without labels this rank's logits."""
         hidden = self.linears.enter(self.norm(x))
-        weight: Tensor = self.output.weight if tied is None else tied
+        weight = self.output.weight if tied is None else tied
+        assert isinstance(weight, Tensor)
         if labels is None:
             return hidden @ weight.t()
         assert scale is not None
@@ -172,19 +173,18 @@ class Decoder(nn.Module):
         memory's own start (random state passing).
         """
         segments = self.segments(tokens, starts, state)
-        initial = self.memory.initial(list(self.blocks), self.linears)  # type: ignore[arg-type]
+        blocks = self.layers()
+        initial = self.memory.initial(blocks, self.linears)
         if passed is not None:
             # The learned start stays in the graph (times 0): every parameter has a gradient.
             initial = [
-                type(own)(
-                    *(_instead(given, mine) for given, mine in zip(new, own, strict=True))
-                )
+                type(own)(*(_instead(given, mine) for given, mine in zip(new, own, strict=True)))
                 for new, own in zip(passed, initial, strict=True)
             ]
         x = self.embedding(tokens.flatten())
-        before = state or [block.mixer.empty(block, segments, x) for block in self.blocks]
+        before = state or [block.mixer.empty(block, segments, x) for block in blocks]
         after: list[State] = []
-        for block, old, begin in zip(self.blocks, before, initial, strict=True):
+        for block, old, begin in zip(blocks, before, initial, strict=True):
             x, new = self._run(block, x, segments, old, begin)
             after.append(new)
         tied = self.embedding.weight if self.config.tie_embeddings else None
@@ -192,6 +192,10 @@ class Decoder(nn.Module):
             return self.head(x, None, None, tied).unflatten(0, tokens.shape), after
         loss, token_losses = self.head(x, labels.flatten(), scale, tied)
         return Output(loss, token_losses.unflatten(0, tokens.shape), after)
+
+    def layers(self) -> list[Block]:
+        """Return the blocks, bottom first."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.compute.checkpointing == "block" and torch.is_grad_enabled():

@@ -89,15 +89,13 @@ class Segments(NamedTuple):
     """What the layers know of the N segments of B streams in one forward pass."""
 
     batch: int
-    count: int
+    num_segments: int  # N
     length: int  # S, tokens of a segment on this rank
     segment_len: int  # tokens of a segment over all ranks
     starts: Tensor  # [B, N] bool: a document begins with this segment; memory resets before it
     cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first
     sin: Tensor
-    slot_cos: (
-        Tensor | None
-    )  # [N + 1, F, K / 2]: of the slots as segment n reads them; [n + 1] as
+    slot_cos: Tensor | None  # [N + 1, F, K / 2]: of the slots as segment n reads them; [n + 1] as
     slot_sin: Tensor | None  # the update at segment n asks with them (query_position=current)
     sequence: Sequence
     linears: Linears

@@ -43,9 +43,7 @@ class CpuFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return (out, lse)."""
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal
-        )
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse
 
     def backward(
@@ -177,10 +175,6 @@ def choose_kernel(q: Tensor) -> Kernel:
     """Return the fastest kernel that takes q's device and type."""
     if q.device.type == "cpu":
         return CpuFlash()
-    if (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-    ):
+    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return CudaFlash()
     return Blockwise()

@@ -43,8 +43,8 @@ def normalise(x: Tensor, eps: float) -> Tensor:
 class QKV(nn.Module):
     """Queries, keys and values in one map.
 
-    Rows of the weight are grouped by key-value head, [q_1 .. q_g, k, v] of head 0, then of head 1, ...:
-    a plain cut of the rows keeps each group on one tensor-parallel rank.
+    Rows of the weight are grouped by key-value head, [q_1 .. q_g, k, v] of each in turn: a plain
+    cut of the rows keeps each group on one tensor-parallel rank.
     """
 
     def __init__(self, config: ModelConfig, linears: Linears) -> None:

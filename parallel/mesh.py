@@ -25,9 +25,7 @@ class Mesh:
     tp_group: ProcessGroup
     cp_group: ProcessGroup
     dp_group: ProcessGroup
-    zero_group: (
-        ProcessGroup  # DP x CP: over which gradients are summed and optimizer state is cut
-    )
+    zero_group: ProcessGroup  # DP x CP: over which gradients are summed and optimizer state is cut
     device: torch.device
 
     @property
@@ -59,7 +57,8 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()  # one process, no port
+        # One process, no port. (The name is there at run time, the stub does not export it.)
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
@@ -72,7 +71,7 @@ def build_mesh(*, tp: int, cp: int) -> Mesh:
     if world % (tp * cp):
         raise ValueError(
             f"world size {world} is not a multiple of tp * cp = {tp} * {cp} = {tp * cp};"
-            f" start {-(-world // (tp * cp)) * tp * cp} processes or change parallel.tp, parallel.cp"
+            f" start {-(-world // (tp * cp)) * tp * cp} processes, or change tp or cp"
         )
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from megatron.core import parallel_state

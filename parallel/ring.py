@@ -26,7 +26,7 @@ class _Group:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Merge each rank's (out [..., K], lse [...]) in rank order: the same bits on every rank."""
+        """Merge the ranks' (out [..., K], lse [...]) in rank order: the same bits everywhere."""
         mine = torch.cat((out.to(lse.dtype), lse.unsqueeze(-1)), -1).contiguous()
         parts = self._gather(mine)
         result = (parts[0, ..., :-1], parts[0, ..., -1])
@@ -38,7 +38,8 @@ class _Group:
         """Return [size, *mine.shape]: every rank's tensor."""
         held = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
         dist.all_gather_into_tensor(held, mine, group=self.group)
-        return held.unflatten(0, (self.size, -1))
+        ranks: Tensor = held.unflatten(0, (self.size, -1))
+        return ranks
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the ranks, added in float32."""
@@ -65,7 +66,7 @@ class Ring(_Group):
                 held = hop.wait()
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
-        """Call step(source, k, v) -> (dk, dv); return dk, dv of this rank's keys, all ranks' parts."""
+        """Call step(source, k, v) -> (dk, dv); return this rank's dk, dv, summed."""
         held = torch.stack((k, v))
         grads: _Hop | None = None
         for t in range(self.size):
@@ -113,7 +114,7 @@ class AllGather(_Group):
             step(source, held[source, 0], held[source, 1])
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
-        """Call step(source, k, v) -> (dk, dv); return dk, dv of this rank's keys, all ranks' parts."""
+        """Call step(source, k, v) -> (dk, dv); return this rank's dk, dv, summed."""
         held = self._gather(torch.stack((k, v)))
         wide = torch.promote_types(k.dtype, torch.float32)
         grads = torch.empty(held.shape, dtype=wide, device=k.device)
@@ -126,4 +127,5 @@ class AllGather(_Group):
 
 def choose_exchange(name: str, group: ProcessGroup) -> Exchange:
     """Return the exchange `ring` or `all_gather` over a group."""
-    return {"ring": Ring, "all_gather": AllGather}[name](group)
+    exchanges: dict[str, type[Ring] | type[AllGather]] = {"ring": Ring, "all_gather": AllGather}
+    return exchanges[name](group)

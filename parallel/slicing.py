@@ -29,8 +29,10 @@ class Zigzag:
         return torch.cat((torch.arange(early, early + chunk), torch.arange(late, late + chunk)))
 
     def spans(self, query_rank: int, key_rank: int, length: int) -> list[Span]:
-        """Return the reads: causal at home; a lower rank's early chunk lies before all queries;
-        a higher rank's two chunks lie between the queries' two.
+        """Return the reads: half a block pair from every rank, so balanced.
+
+        Causal at home; a lower rank's early chunk lies before all queries; a higher rank's two
+        chunks lie between the queries' two.
         """
         half = length // 2
         if query_rank == key_rank:
@@ -61,7 +63,11 @@ class Contiguous:
 
 def choose_layout(name: str, size: int) -> Layout:
     """Return the layout `zigzag` or `contiguous` over size ranks."""
-    return {"zigzag": Zigzag, "contiguous": Contiguous}[name](size)
+    layouts: dict[str, type[Zigzag] | type[Contiguous]] = {
+        "zigzag": Zigzag,
+        "contiguous": Contiguous,
+    }
+    return layouts[name](size)
 
 
 def check_segment_len(segment_len: int, cp: int, layout: str) -> None:

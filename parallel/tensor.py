@@ -1,4 +1,4 @@
-"""`Linears` over tensor-parallel ranks, by megatron-core's layers, and the map of who holds what."""
+"""`Linears` over tensor-parallel ranks, by megatron-core's layers, and who holds what."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ class MegatronLinears:
         """Return all rows for every rank to hold; each row's gradient is taken from its holder."""
         if not self.sequence_parallel:
             return x
-        rows: Tensor = gather_from_sequence_parallel_region(
-            x, tensor_parallel_output_grad=False
-        )
+        rows: Tensor = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return rows
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:

@@ -32,8 +32,10 @@ class Fragment(NamedTuple):
 
 
 class Groups:
-    """The mpu DeepSpeed asks for its groups (the `get_sequence_*` names must not exist here: with
-    them DeepSpeed divides by DP alone and gradients come out CP times too large).
+    """The mpu that DeepSpeed asks for its groups.
+
+    The `get_sequence_*` names must not exist here: with them DeepSpeed divides by DP alone, and
+    gradients come out CP times too large.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -154,8 +156,8 @@ class ZeroEngine:
             self.zero.update_lp_params()
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return AdamW's state of a flat partition; zeros before the first step, as AdamW makes it."""
-        state = self.base.state[flat]
+        """Return AdamW's state of a flat partition; before the first step zeros, as it makes it."""
+        state: dict[str, Tensor] = self.base.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state["exp_avg"] = torch.zeros_like(flat)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two nodes of two CPU ranks through the same lib.sh as the real job, in a minute or two:
-#   sbatch slurm/smoke.sh               a few steps of the quickstart's model, on its shards/
+#   sbatch slurm/smoke.sh               a few steps of the quickstart's model, on its data
 #   sbatch slurm/smoke.sh COMMAND...    any command as every rank, to try a new cluster
 #SBATCH --job-name=smoke
 #SBATCH --nodes=2

@@ -158,9 +158,7 @@ def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
                 f"{path}: {path.stat().st_size} bytes, {expected['bytes']} were written"
             )
         if file_hash(path) != expected["sha256"]:
-            raise BadCheckpoint(
-                f"{path}: its sha256 is not the manifest's; the file was damaged"
-            )
+            raise BadCheckpoint(f"{path}: its sha256 is not the manifest's; the file was damaged")
     return manifest
 
 

@@ -92,9 +92,7 @@ def _tokenizer_problems(
                 f" use {held} or leave it out",
             )
         )
-    if valid is not None and (
-        valid.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256
-    ):
+    if valid is not None and (valid.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256):
         problems.append(
             (
                 "data.valid",

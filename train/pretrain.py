@@ -88,9 +88,7 @@ class Pretraining:
             if finished:
                 self._finish(state)
             else:
-                self.tracker.event(
-                    f"stopped by {self.stop.received or 'another rank'}", state.step
-                )
+                self.tracker.event(f"stopped by {self.stop.received or 'another rank'}", state.step)
                 self.progress.say(
                     f"stopped at step {state.step}, saved; continue with: {continue_command()}"
                 )
@@ -148,9 +146,7 @@ class Pretraining:
             self.folder.log(row)
         due = state.step % self.config.train.log_every == 0 or state.step == 1
         if due:
-            metrics = {
-                name: value for name, value in row.items() if name not in ("step", "time")
-            }
+            metrics = {name: value for name, value in row.items() if name not in ("step", "time")}
             self.tracker.metrics(metrics | memory_norms(state), state.step)
         self.progress.update(
             state.step,
@@ -272,9 +268,7 @@ class Pretraining:
             return
         config, mesh = self.config, self.mesh
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        parameters = sum(
-            getattr(p, "ds_numel", p.numel()) for p in self.built.model.parameters()
-        )
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.built.model.parameters())
         self.progress.say(
             f"{self._title()} | {mesh.world_size} ranks on {mesh.device.type}"
             f" | {parameters / 1e6:.2f}M parameters a TP rank"
@@ -320,4 +314,3 @@ def continue_command(steps: int | None = None) -> str:
         words = [word for word in words if not word.startswith("train.steps=")]
         words.append(f"train.steps={steps}")
     return shlex.join(word for word in words if word != "--fresh")
-

@@ -30,7 +30,7 @@ class RunFolder:
         self.saved_at: int | None = None
 
     def resume(self, say: Callable[[str], None]) -> TrainState:
-        """Return the state of the newest good checkpoint, put back; a new one where there is none."""
+        """Return the state of the newest good checkpoint, put back; without one a new state."""
         if self.mesh.rank == 0:
             for name in checkpoint.remove_unfinished(self.checkpoints):
                 say(f"removed what an interrupted save left: {name}")

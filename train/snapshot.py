@@ -40,9 +40,7 @@ def collect(built: Built, mesh: Mesh, state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(
-    built: Built, mesh: Mesh, manifest: Manifest, tensors: dict[str, Tensor]
-) -> TrainState:
+def restore(built: Built, mesh: Mesh, manifest: Manifest, tensors: dict[str, Tensor]) -> TrainState:
     """Put a share back where `collect` took it; return the state it was taken at.
 
     Raises BadCheckpoint where the share is not one of this model in this layout.
@@ -66,8 +64,8 @@ def restore(
         template = empty_state(built.model)
         state.memory[index] = _fill(template, on_device, f"memory/{index}")
     if any(name.startswith("passed/") for name in tensors):
-        template = built.model.memory.handed_on(empty_state(built.model))
-        state.passed = _fill(template, on_device, "passed")
+        start = built.model.memory.handed_on(empty_state(built.model))
+        state.passed = _fill(start, on_device, "passed")
     return state
 
 
@@ -133,7 +131,7 @@ def empty_state(model: Decoder) -> list[State]:
         token.expand(1, 1, 2), torch.ones_like(token[..., 0], dtype=torch.bool), None
     )
     like = torch.zeros((), dtype=next(model.parameters()).dtype, device=token.device)
-    return [block.mixer.empty(block, segments, like) for block in model.blocks]  # type: ignore[union-attr,operator,misc]
+    return [block.mixer.empty(block, segments, like) for block in model.layers()]
 
 
 def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:

@@ -57,9 +57,7 @@ class SystemMetrics:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every_s):
-            with contextlib.suppress(
-                Exception
-            ):  # a sample is not worth a line, let alone a run
+            with contextlib.suppress(Exception):  # a sample is not worth a line, let alone a run
                 self._log(self.sample())
 
     def _sample_gpu(self, gpu: Any) -> dict[str, float]:
@@ -83,9 +81,7 @@ class SystemMetrics:
 def open_gpus() -> tuple[Any, list[Any]]:
     """Return the NVML module and a handle of each GPU; (None, []) where there is no NVML."""
     try:
-        pynvml: Any = importlib.import_module(
-            "pynvml"
-        )  # in no requirement, so for mypy unknown
+        pynvml: Any = importlib.import_module("pynvml")  # in no requirement, so for mypy unknown
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
         return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]

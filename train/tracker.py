@@ -62,9 +62,7 @@ class Tracker:
     No method but `open` raises, and none waits, but `close` for its own limit.
     """
 
-    def __init__(
-        self, folder: Path, session: Session, queue_size: int, lock: IO[bytes]
-    ) -> None:
+    def __init__(self, folder: Path, session: Session, queue_size: int, lock: IO[bytes]) -> None:
         self.folder = folder
         self._session, self._lock = session, lock
         # No queue.Queue: its lock can be held by a writer that waits for the GIL, and each put
@@ -375,8 +373,7 @@ def describe_run(
 def environment() -> str:
     """Return Python, the platform and every installed distribution, as pip freeze does."""
     installed = {
-        f"{dist.metadata['Name']}=={dist.version}"
-        for dist in importlib.metadata.distributions()
+        f"{dist.metadata['Name']}=={dist.version}" for dist in importlib.metadata.distributions()
     }
     head = f"# Python {platform.python_version()} on {platform.platform()}\n"
     return head + "".join(f"{line}\n" for line in sorted(installed, key=str.lower))

@@ -67,7 +67,7 @@ class Mixer(nn.Module):
         """Return the state of streams that have read nothing (`like`: device and type)."""
 
     def alone(self, block: Block, x: Tensor) -> Tensor:
-        """Return the block's output for memory rows without any token; only some memories have it."""
+        """Return the block's output for memory rows without any token; some memories have it."""
         raise AssertionError(f"{type(self).__name__} has no rows of its own")
 
 

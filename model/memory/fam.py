@@ -5,8 +5,8 @@ before and its own segment; the slots then read themselves and the whole segment
 own weights, FFN included, and become what segment n+1 reads. Tokens never read slots that have seen
 their segment, so the order of time holds to the bit.
 
-In one layer the queries and keys of tokens do not depend on the layer's slots. So all segments'
-projections run in one call, then the chain over n on F rows, then all tokens' attention in one call.
+In one layer the queries and keys of tokens do not depend on the layer's slots. So the projections
+of all segments run in one call, then the chain over n on F rows, then all attention in one call.
 
 Three choices for what is carried (`state`): `paper` feeds the block's output back as it is, whose
 norm grows with every segment until nothing new can be written; `norm` puts an RMSNorm with learned
@@ -93,7 +93,7 @@ class FamMixer(Mixer):
         rows = linears.scatter(state.slots.flatten(0, 1))
         begin = linears.scatter(initial.slots.expand(batch, -1, -1).flatten(0, 1))
         keys = []
-        for n in range(segments.count):
+        for n in range(segments.num_segments):
             rows = torch.where(starts[:, n], begin, rows)
             fresh = torch.where(starts[:, n], initial.fresh, fresh)
             q, k, v = (part.unflatten(0, (batch, num_slots)) for part in block.project(rows))
@@ -110,9 +110,7 @@ class FamMixer(Mixer):
         slot_k, slot_v = (torch.stack(parts, 1) for parts in zip(*keys, strict=True))
         return (slot_k, slot_v), slots, torch.zeros_like(state.fresh)
 
-    def _rotate(
-        self, q: Tensor, k: Tensor, n: int, segments: Segments
-    ) -> tuple[Tensor, Tensor]:
+    def _rotate(self, q: Tensor, k: Tensor, n: int, segments: Segments) -> tuple[Tensor, Tensor]:
         """Place the slots at the end of segment n-1, and their queries there or at the end of n."""
         assert segments.slot_cos is not None and segments.slot_sin is not None
         asks = n + 1 if self.memory.query_position == "current" else n
@@ -146,8 +144,8 @@ class FamMixer(Mixer):
         positions = torch.arange(q.shape[0])
         cos, sin = rope_tables(positions, block.head_dim, self.rope_base, x)
         q, k = (rotate(part, cos.unsqueeze(1), sin.unsqueeze(1)) for part in (q, k))
-        heads = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-        out = functional.scaled_dot_product_attention(*heads, enable_gqa=True)
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return block.finish(x, out.squeeze(0).transpose(0, 1))
 
 

@@ -43,23 +43,23 @@ def empty_window(window: int, segments: Segments, block: Block, like: Tensor) ->
     """Return the window of streams that have read nothing."""
     shape = (segments.batch, window, segments.length, block.num_kv_heads, block.head_dim)
     nothing = torch.zeros(shape, device=like.device, dtype=like.dtype)
-    return WindowState(
-        nothing, nothing, torch.zeros_like(segments.starts[:, 0], dtype=torch.int64)
-    )
+    return WindowState(nothing, nothing, torch.zeros_like(segments.starts[:, 0], dtype=torch.int64))
 
 
 def read_tokens(
     block: Block, x: Tensor, segments: Segments, state: WindowState, window: int
 ) -> Tokens:
     """Return queries and keys of x [rows, D], and the window that the next segments will read."""
-    shape = (segments.batch, segments.count, segments.length)
+    shape = (segments.batch, segments.num_segments, segments.length)
     q, k, v = (part.unflatten(0, shape) for part in block.project(x))
     age = document_age(segments.starts, state.age)
     if window:
         k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
     cos, sin = segments.cos.unsqueeze(-2), segments.sin.unsqueeze(-2)
     rotated = (rotate(q, cos[window:], sin[window:]), rotate(k, cos, sin))
-    after = WindowState(k[:, segments.count :], v[:, segments.count :], age[:, -1] + 1)
+    after = WindowState(
+        k[:, segments.num_segments :], v[:, segments.num_segments :], age[:, -1] + 1
+    )
     visible = None
     if window:
         visible = age.unsqueeze(-1) > torch.arange(window, device=age.device)
