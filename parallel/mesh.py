@@ -57,6 +57,7 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         # One process, no port. (The name is there at run time, the stub does not export it.)
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -1,7 +1,8 @@
-"""Run any function on N gloo ranks: forked processes, a file store, no ports, one thread a rank."""
+"""Run any function on N gloo ranks: forked processes, a file store, no ports, one thread each."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -19,8 +20,10 @@ TIMEOUT_S = 120
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Return [function(*args) on rank 0, 1, ...]; raise AssertionError with the traceback of any
-    rank that fails or does not end."""
+    """Return [function(*args) on rank 0, 1, ...].
+
+    Raises AssertionError with the traceback of a rank that fails, or the ranks that do not end.
+    """
     _warm()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -68,10 +71,12 @@ def _rank(
             world_size=size,
             timeout=timedelta(seconds=TIMEOUT_S / 2),
         )
-        result = io.BytesIO()  # not tensors: those would travel as files that end with this process
+        # Not as tensors: those would travel as files that end with this process.
+        result = io.BytesIO()
         torch.save(function(*args), result)
         queue.put((rank, True, result.getvalue()))
-        dist.barrier()
+        with contextlib.suppress(RuntimeError):  # a peer that hangs is the one to be reported
+            dist.barrier()
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
     finally:

@@ -23,6 +23,7 @@ from model.memory.base import State, named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
 from train.config import Config, dump
+from train.describe import describe_run
 from train.evaluate import choose_lanes, evaluate
 from train.inputs import Inputs, open_inputs
 from train.loop import StepResult, TrainState, train_steps
@@ -32,7 +33,7 @@ from train.progress import Progress, Status
 from train.resume import RunFolder
 from train.signals import StopRequest
 from train.summary import plot, summarise
-from train.tracker import NoTracker, Tracker, describe_run
+from train.tracker import NoTracker, Tracker
 
 
 def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
@@ -224,7 +225,9 @@ class Pretraining:
         return result
 
     def _finish(self, state: TrainState) -> None:
-        on, off = self._evaluate(state, memory=True), self._evaluate(state, memory=False)
+        on = self._evaluate(state, memory=True)
+        carries = self.config.model.memory.name != "none"
+        off = self._evaluate(state, memory=False) if carries else None
         if not self.first:
             return
         history = self.folder.history()

@@ -5,21 +5,38 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.interfaces import Linears, Segments
 
-if TYPE_CHECKING:
-    from model.decoder import Block
-
 State = Any
 """A layer's carried state: a NamedTuple of tensors, [B, ...] leading; returned, never mutated."""
 
 Initial = Any
 """What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
+
+
+class Block(Protocol):
+    """What a memory uses of the block it lives in: the layer's own weights."""
+
+    hidden_size: int
+    head_dim: int
+    num_kv_heads: int  # on this rank
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [all rows, H, K], k and v [all rows, Hkv, K] of rows x, not rotated."""
+        ...
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return the block's output rows: x [rows, D], attended [all rows, H, K]."""
+        ...
+
+    def __call__(self, x: Tensor) -> Any:
+        """Return the block's output for memory rows x alone; see Mixer.alone."""
+        ...
 
 
 def detach(state: State) -> State:

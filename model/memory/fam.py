@@ -16,7 +16,7 @@ gain on it; `latch` a gain * tanh(beta * rms-normalised), bounded and with fixed
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,9 @@ from torch.nn import functional
 from model.config import FamMemory, ModelConfig
 from model.interfaces import Linears, Segments
 from model.layers import normalise, scattered
-from model.memory.base import Mixer
+from model.memory.base import Block, Mixer
 from model.memory.window import Tokens, WindowState, empty_window, read_tokens
 from model.rope import rope_tables, rotate
-
-if TYPE_CHECKING:
-    from model.decoder import Block
 
 
 class FamState(NamedTuple):

@@ -7,18 +7,15 @@ itself: a staircase of M*S+1 .. (M+1)*S keys. No stop-gradient (TransformerFAM, 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.interfaces import Linears, Segments
-from model.memory.base import Mixer
+from model.memory.base import Block, Mixer
 from model.rope import rotate
-
-if TYPE_CHECKING:
-    from model.decoder import Block
 
 
 class WindowState(NamedTuple):

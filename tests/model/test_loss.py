@@ -1,0 +1,141 @@
+"""The chunked loss against torch's cross entropy over all logits."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.config import NoMemory
+from model.local import LocalLinears
+from model.loss import IGNORE, chunked_loss
+from tests.compare import relative
+from tests.model.small import VOCAB, batch_of, build, config_of, gradients
+
+ROWS, WIDTH, PADDED, SCALE = 13, 8, 64, torch.tensor(1 / 37)
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
+    weight = torch.randn(PADDED, WIDTH, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    labels[2:5] = IGNORE
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def local(logits: Tensor, labels: Tensor) -> Tensor:
+    return LocalLinears().cross_entropy(logits, labels, VOCAB)
+
+
+def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 4) -> tuple[Tensor, Tensor]:
+    return chunked_loss(hidden, weight, labels, SCALE, chunk=chunk, cross_entropy=local)
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    losses = functional.cross_entropy(
+        hidden @ weight[:VOCAB].T, labels, reduction="none", ignore_index=IGNORE
+    )
+    return losses.sum() * SCALE, losses
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_values_are_those_of_cross_entropy(chunk: int) -> None:
+    (loss, losses), (expected, each) = run(*inputs(), chunk), plain(*inputs())
+    assert relative(loss, expected) < 1e-14
+    assert relative(losses, each) < 1e-14
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_gradients_are_those_of_cross_entropy_times_the_upstream_one(chunk: int) -> None:
+    hidden, weight, labels = inputs()
+    own = torch.autograd.grad(run(hidden, weight, labels, chunk)[0] * 3, (hidden, weight))
+    expected = torch.autograd.grad(plain(hidden, weight, labels)[0] * 3, (hidden, weight))
+    assert relative(own[0], expected[0]) < 1e-14
+    assert relative(own[1], expected[1]) < 1e-14
+
+
+def test_an_ignored_label_has_no_loss_and_no_gradient() -> None:
+    hidden, weight, labels = inputs()
+    loss, losses = run(hidden, weight, labels)
+    (dhidden,) = torch.autograd.grad(loss, hidden)
+    assert not losses[2:5].any()
+    assert not dhidden[2:5].any()
+    assert losses[5:].all()
+
+
+def test_all_labels_ignored_is_a_loss_of_zero() -> None:
+    hidden, weight, labels = inputs()
+    loss, _ = run(hidden, weight, torch.full_like(labels, IGNORE))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0
+    assert not grads[0].any() and not grads[1].any()
+
+
+def test_padding_of_the_vocabulary_takes_no_probability() -> None:
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        weight[VOCAB:] = 100.0
+    loss, losses = run(hidden, weight, labels)
+    assert relative(losses, plain(hidden, weight, labels)[1]) < 1e-14
+    assert not torch.autograd.grad(loss, weight)[0][VOCAB:].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_logits_of_one_chunk_exist_at_a_time(chunk: int) -> None:
+    rows = []
+
+    def recording(logits: Tensor, labels: Tensor) -> Tensor:
+        rows.append(logits.shape[0])
+        return local(logits, labels)
+
+    hidden, weight, labels = inputs()
+    loss, _ = chunked_loss(hidden, weight, labels, SCALE, chunk=chunk, cross_entropy=recording)
+    loss.backward()
+    assert max(rows) == min(chunk, ROWS)
+    assert sum(rows) == ROWS
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_for_backward() -> None:
+    loss, _ = run(*inputs(), chunk=100)
+    assert loss.grad_fn is not None
+    saved = [x.shape for x in loss.grad_fn.saved_tensors]  # type: ignore[attr-defined]
+    assert saved == [(ROWS, WIDTH), (PADDED, WIDTH)]
+
+
+def test_the_weights_gradient_of_many_bfloat16_chunks_adds_up_in_float32() -> None:
+    """512 equal summands: a bfloat16 sum would stop growing at 256 of them."""
+    hidden = torch.ones(512, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(PADDED, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(512, dtype=torch.int64)
+    loss, _ = chunked_loss(hidden, weight, labels, torch.tensor(1.0), chunk=1, cross_entropy=local)
+    (dweight,) = torch.autograd.grad(loss, weight)
+    assert dweight.dtype == torch.bfloat16
+    assert relative(dweight[0], torch.full((WIDTH,), -512 * (1 - 1 / VOCAB))) < 2**-7
+
+
+def test_losses_of_bfloat16_are_float32() -> None:
+    loss, losses = run(*inputs(torch.bfloat16))
+    assert loss.dtype == losses.dtype == torch.float32
+
+
+def test_without_gradients_wanted_none_is_made() -> None:
+    with torch.no_grad():
+        loss, losses = run(*inputs())
+    assert not loss.requires_grad
+    assert relative(losses, plain(*inputs())[1]) < 1e-14
+
+
+def test_a_tied_matrix_gets_the_gradient_of_both_its_uses() -> None:
+    batch = batch_of(2, 2, 4)
+    model = build(config_of(NoMemory(), tie_embeddings=True))
+    apart = build(config_of(NoMemory()))
+    weights = model.state_dict()
+    apart.load_state_dict(weights | {"head.output.weight": weights["embedding.weight"]})
+    grads = []
+    for each in (model, apart):
+        output = each(batch.tokens, batch.starts, labels=batch.labels, scale=batch.scale)
+        output.loss.backward()
+        grads.append(gradients(each))
+    assert "head.output.weight" not in grads[0]
+    both = grads[1]["embedding.weight"] + grads[1]["head.output.weight"]
+    assert relative(grads[0]["embedding.weight"], both) < 1e-13

@@ -1,0 +1,137 @@
+"""Three optimizer steps in one plain process: what every layout must equal.
+
+Imports neither megatron-core nor DeepSpeed; test_equivalence asserts it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ComputeConfig, FamMemory, MemoryConfig, ModelConfig, NoMemory, WindowMemory
+from model.decoder import Decoder
+from model.init import initialise
+from model.loss import IGNORE
+from model.memory.base import detach
+
+MEMORIES: dict[str, MemoryConfig] = {
+    "none": NoMemory(),
+    "window": WindowMemory(2),
+    "fam": FamMemory(slots=4, window=1),
+}
+BATCH, SEGMENTS, SEGMENT_LEN, VOCAB = 4, 4, 16, 90
+LEARNING_RATES = (4e-3, 2e-3, 3e-3)
+CLIP = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, and how one step is cut in time."""
+
+    memory: str = "fam"
+    tensor: str = "TP1"  # TP1, TP2, TP2+SP
+    cp: int = 1
+    exchange: str = "ring"
+    layout: str = "zigzag"
+    stage: int = 1
+    dp: int = 1
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    windows: int = 1  # BPTT windows of a step
+    micro_batches: int = 1
+    bf16: bool = False
+    tied: bool = False
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks."""
+        return 1 if self.tensor == "TP1" else 2
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return self.tp * self.cp * self.dp
+
+    def __str__(self) -> str:
+        changed = [
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if value != vars(Case())[name] and name != "compute"
+        ]
+        recompute = "" if self.compute == ComputeConfig() else self.compute.checkpointing
+        return " ".join([*changed, recompute]).strip() or "plain"
+
+
+class Step(NamedTuple):
+    """What one optimizer step shows."""
+
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]  # whole parameters, before clipping
+
+
+def config_of(case: Case) -> ModelConfig:
+    """Return the model every layout runs: grouped heads, padded vocabulary, O(1) gradients."""
+    return ModelConfig(
+        VOCAB, 2, 32, 4, 2, 48, 8,
+        memory=MEMORIES[case.memory], init_std=0.2, tie_embeddings=case.tied,
+    )  # fmt: skip
+
+
+def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return (tokens, starts, labels) of three steps of the same streams.
+
+    A stream's document ends in the middle of every step, others go on from step to step; some
+    labels are ignored, unequally over streams, segments and places.
+    """
+    generator, found = torch.Generator().manual_seed(1), []
+    shape = (BATCH, SEGMENTS, SEGMENT_LEN)
+    for step in range(3):
+        tokens = torch.randint(0, VOCAB, shape, generator=generator)
+        labels = torch.randint(0, VOCAB, shape, generator=generator)
+        labels[0, 1, 5:] = IGNORE
+        labels[3, :, :3] = IGNORE
+        starts = torch.zeros(BATCH, SEGMENTS, dtype=torch.bool)
+        starts[:, 0] = step == 0
+        starts[1, 2] = True
+        found.append((tokens, starts, labels))
+    return found
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """Return AdamW over two groups.
+
+    Gradients have a root mean square of 4e-3 here and round at 1e-9. With torch's eps of 1e-8 those
+    near 0 would move weights by the sign of their rounding, and later gradients differ by that.
+    """
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-3)
+
+
+def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
+    """Return three steps and the weights after them."""
+    config = config_of(case)
+    model = Decoder(config)
+    initialise(model, config, seed=0)
+    optimizer, state, steps = make_optimizer(model), None, []
+    for (tokens, starts, labels), lr in zip(batches(), LEARNING_RATES, strict=True):
+        scale = torch.tensor(1.0 / int((labels != IGNORE).sum()))
+        optimizer.zero_grad()
+        loss = 0.0
+        for window in torch.arange(SEGMENTS).chunk(case.windows):
+            output: Any = model(
+                tokens[:, window], starts[:, window], state, labels=labels[:, window], scale=scale
+            )
+            output.loss.backward()
+            loss += output.loss.item()
+            state = detach(output.state)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        steps.append(Step(loss, norm, gradients))
+    return steps, {name: p.detach().clone() for name, p in model.named_parameters()}

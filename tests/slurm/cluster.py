@@ -1,0 +1,192 @@
+"""A real SLURM cluster on one machine: pretend nodes with pretend GPUs, loopback only."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "scontrol"]
+MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
+
+CONFIG = """\
+ClusterName=longhaul
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+CredType=cred/munge
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+MinJobAge=3600
+SchedulerParameters=bf_interval=1,sched_min_interval=0
+PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+NODE = (
+    "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=8 Boards=1"
+    " SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:8\n"
+)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that were all free at the same moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Cluster:
+    """Starts on entering, stops what it started on leaving, and keeps to its own folder."""
+
+    def __init__(self, *, nodes: int) -> None:
+        # short, because a socket's path may have 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._configure()
+            names = ("key", "pid", "seed", "log")
+            files = [f"--{name}-file={self.folder}/munge.{name}" for name in names]
+            socket_path = self.folder / "munge.sock"
+            self._daemon("munged", "--force", "--foreground", f"--socket={socket_path}", *files)
+            wait_until(socket_path.exists, timeout_s=20, what="munge's socket")
+            self._daemon("slurmctld", "-D")
+            for node in self.nodes:
+                self._daemon("slurmd", "-D", "-N", node)
+            wait_until(self._all_idle, timeout_s=60, what="idle nodes")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Return the ended command; its output is text, stderr after stdout."""
+        return subprocess.run(
+            command,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+
+    def submit(self, *command: str, **environment: str) -> str:
+        """Return the new job's number. `command` is sbatch's: options, script, arguments."""
+        answer = self.run("sbatch", "--parsable", *command, **environment)
+        assert answer.returncode == 0, answer.stdout
+        return answer.stdout.split()[-1]
+
+    def job(self, number: str) -> dict[str, str]:
+        """Return what SLURM says of a job, by SLURM's names: JobState, Restarts, ..."""
+        words = self.run("scontrol", "show", "job", "-o", number).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for(self, number: str, *states: str, timeout_s: float) -> dict[str, str]:
+        """Return the job once it is in one of the states."""
+        wait_until(
+            lambda: self.job(number).get("JobState") in states,
+            timeout_s=timeout_s,
+            what=f"job {number} in state {' or '.join(states)}",
+        )
+        return self.job(number)
+
+    def _configure(self) -> None:
+        (self.folder / "spool").mkdir()
+        (self.folder / "state").mkdir()
+        devices = self.folder / "dev"
+        devices.mkdir()
+        for number in range(8):
+            # slurmd counts a GPU for each device file and checks nothing else about it
+            (devices / f"nvidia{number}").symlink_to("/dev/null")
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        (self.folder / "gres.conf").write_text(f"Name=gpu Type=h100 File={devices}/nvidia[0-7]\n")
+        port, *ports = free_ports(1 + len(self.nodes))
+        text = CONFIG.format(host=socket.gethostname(), port=port, user=_user(), folder=self.folder)
+        for name, node_port in zip(self.nodes, ports, strict=True):
+            text += NODE.format(name=name, port=node_port)
+        (self.folder / "slurm.conf").write_text(text)
+
+    def _daemon(self, *command: str) -> None:
+        with open(self.folder / f"{command[0]}.out", "ab") as output:
+            self.daemons.append(
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def _all_idle(self) -> bool:
+        states = self.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()
+        return states == ["idle"] * len(self.nodes)
+
+    def _stop(self) -> None:
+        if self.run("scontrol", "ping").returncode == 0:
+            self.run("scancel", "--user", _user())
+            wait_until(lambda: not self._busy(), timeout_s=30, what="the jobs' end")
+        for daemon in reversed(self.daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self.daemons:
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        shutil.rmtree(self.folder)
+
+    def _busy(self) -> str:
+        return self.run("squeue", "--noheader").stdout.strip()
+
+
+def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) -> None:
+    """Return when the condition holds; TimeoutError names `what` after timeout_s."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {timeout_s} s for {what}")
+        time.sleep(0.2)
+
+
+def _user() -> str:
+    return subprocess.run(["id", "-un"], stdout=subprocess.PIPE, text=True).stdout.strip()

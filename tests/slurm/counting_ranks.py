@@ -1,0 +1,46 @@
+"""A stand-in for the trainer that only counts: it saves, stops and resumes as the trainer does.
+
+Every rank of a job runs `python counting_ranks.py FOLDER STEPS`. It makes the scripts' side of
+the bargain (USR1 forwarded, back to the queue until DONE) testable in seconds.
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+stop_asked = False
+
+
+def ask_to_stop(number: int, frame: object) -> None:
+    global stop_asked
+    stop_asked = True
+
+
+def main() -> None:
+    signal.signal(signal.SIGUSR1, ask_to_stop)  # before the slow import, or the signal is lost
+    import torch
+    import torch.distributed as dist
+
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo")
+    counter = folder / "step"
+    step = int(counter.read_text()) if counter.exists() else 0
+    print(f"rank {dist.get_rank()} of {dist.get_world_size()} begins at step {step}")
+    while step < steps:
+        time.sleep(0.05)
+        stop = torch.tensor(int(stop_asked))
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        step += 1
+        if dist.get_rank() == 0:
+            counter.write_text(str(step))
+        if stop:
+            print(f"rank {dist.get_rank()} stops at step {step}")
+            break
+    dist.barrier()  # every rank has read the counter before anyone writes DONE or leaves
+    if dist.get_rank() == 0 and step == steps:
+        (folder / "DONE").touch()
+    dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,65 @@
+"""The job scripts, without a cluster: they parse, and they agree with the configurations."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOBS = [ROOT / "slurm" / "pretrain_8b.sh", ROOT / "slurm" / "smoke.sh"]
+SHELL_FILES = [*JOBS, ROOT / "slurm" / "lib.sh", ROOT / ".ci" / "run"]
+
+
+def sbatch_options(script: Path) -> dict[str, str]:
+    lines = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE)
+    return dict(lines)
+
+
+@pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: path.name)
+def test_bash_parses_it(script: Path) -> None:
+    # sbatch itself accepts a script with a syntax error
+    answer = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{ROOT}/.venv/bin") or shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (`make setup` brings it)")
+    answer = subprocess.run([shellcheck, "-x", script], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stdout
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
+def test_every_sbatch_line_is_read(script: Path) -> None:
+    text = script.read_text()
+    body = text.index("set -euo pipefail")
+    # sbatch stops reading its lines at the first command, silently
+    assert text.count("\n#SBATCH ") == len(sbatch_options(script))
+    assert text.rindex("\n#SBATCH ") < body
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
+def test_a_job_survives_its_time_limit(script: Path) -> None:
+    options = sbatch_options(script)
+    assert "requeue" in options
+    assert options["signal"].startswith("B:USR1@")  # to the shell alone, early
+    assert options["open-mode"] == "append"  # a restart must not cut the log
+    assert options["ntasks-per-node"] == "1"  # torchrun starts the ranks
+
+
+def test_the_8b_script_starts_the_configured_number_of_ranks() -> None:
+    config = pytest.importorskip("train.config").load(ROOT / "configs" / "pretrain_8b.yaml")
+    script = ROOT / "slurm" / "pretrain_8b.sh"
+    options = sbatch_options(script)
+    launched = re.search(r"^run_until_stopped (\S+) (\d+) ", script.read_text(), re.MULTILINE)
+    assert launched is not None
+    assert Path(launched[1]) == config.run_dir
+    assert launched[2] == options["gpus-per-node"]
+    world = int(options["nodes"]) * int(launched[2])
+    assert world == 64
+    assert world % (config.parallel.tp * config.parallel.cp) == 0
+    assert config.parallel.tp * config.parallel.cp == int(options["gpus-per-node"])

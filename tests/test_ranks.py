@@ -1,0 +1,69 @@
+"""The helper that starts ranks: what fails or hangs in a rank fails the test."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import ranks
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+
+def rank_and_sum() -> tuple[int, float]:
+    mine = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(mine)
+    return dist.get_rank(), mine.item()
+
+
+def test_results_come_in_the_order_of_ranks() -> None:
+    assert run_ranks(3, rank_and_sum) == [(0, 6.0), (1, 6.0), (2, 6.0)]
+
+
+def broken_on_the_last() -> None:
+    if dist.get_rank() == 1:
+        raise RuntimeError("the last rank is broken")
+    dist.barrier()  # its peers wait for it
+
+
+def test_a_failing_rank_fails_the_test_with_its_traceback() -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="the last rank is broken") as failure:
+        run_ranks(2, broken_on_the_last)
+    assert "in broken_on_the_last" in str(failure.value)
+    assert time.monotonic() - began < ranks.TIMEOUT_S / 2  # it did not wait for the peers
+
+
+def failing_assertion() -> None:
+    assert dist.get_rank() != 0, "zero"
+
+
+def test_an_assertion_on_a_rank_fails_the_test() -> None:
+    with pytest.raises(AssertionError, match="zero"):
+        run_ranks(2, failing_assertion)
+
+
+def hanging_on_the_last() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(3600)
+
+
+def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TIMEOUT_S", 2)
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ranks \[1\] did not answer"):
+        run_ranks(2, hanging_on_the_last)
+    assert time.monotonic() - began < 30
+
+
+def lost() -> None:
+    os._exit(1)
+
+
+def test_ranks_that_vanish_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TIMEOUT_S", 2)
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] did not answer"):
+        run_ranks(2, lost)

@@ -1,0 +1,246 @@
+"""The command line: exit codes, messages, and how little it imports before it must."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train.runs import longhaul, small, write
+from train.cli import set_aside
+from train.config import load, validate
+
+# runs a command line with the module that another part owns replaced, and prints its call
+_STUBBED = """
+import sys, types
+module = types.ModuleType({name!r})
+def run(*args, **options):
+    options.pop("stop", None)
+    print(*[getattr(a, "name", a) for a in args], sorted(options.items()))
+    return 7
+module.run = run
+sys.modules[{name!r}] = module
+from train.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"]])
+def test_help_teaches_and_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom train.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('HEAVY', {'torch', 'numpy', 'yaml', 'rich',"
+        " 'deepspeed', 'mlflow'} & set(sys.modules))"
+    )
+    done = longhaul(*command, "--help", code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("HEAVY set()\n")
+    assert re.search(r"^ +longhaul \w+", done.stdout, re.M), "an example"
+    assert not command or "Next: " in done.stdout
+
+
+def test_every_command_is_listed_with_what_it_does() -> None:
+    listed = longhaul("--help").stdout.split("Commands:")[1]
+    assert re.findall(r"^  (\w+)  +\w", listed, re.M) == [
+        "prepare",
+        "pretrain",
+        "config",
+        "evaluate",
+    ]
+
+
+@pytest.mark.parametrize("command", ["config", "pretrain"])
+def test_bad_configuration_is_one_line_a_problem_and_exit_code_2(
+    tmp_path: Path, command: str
+) -> None:
+    path = write(tmp_path, small(model__hiden_size=4, train__steps=0, train__bptt_len=512))
+    code = (
+        "import sys\nfrom train.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('torch' in sys.modules)"
+    )
+    done = longhaul(command, path, "train.lr=fast", code=code)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"{path}: 4 problems",
+        "  model.hiden_size: unknown key; did you mean 'hidden_size'?",
+        "  train.steps: 0 is too small; the least is 1",
+        "  train.lr: expected a number such as 0.1 or 3e-4, got 'fast'",
+        "  train.bptt_len: 512 is longer than data.sample_len = 256, and gradients never reach"
+        " into another sample; use 256 or a longer sample",
+    ]
+    assert done.stdout == "False\n"
+
+
+def test_pretrain_checks_the_ranks_that_were_started_and_only_rank_0_says_so(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, small(parallel__cp=4))
+    first = longhaul("pretrain", path, WORLD_SIZE="6", RANK="0")
+    other = longhaul("pretrain", path, WORLD_SIZE="6", RANK="5")
+    assert (first.returncode, other.returncode) == (2, 2)
+    assert "world size 6 is not tp * cp * dp" in first.stderr
+    assert (other.stdout, other.stderr) == ("", "")
+    assert "world size 1 is not tp * cp * dp" in longhaul("pretrain", path).stderr
+
+
+def test_pretrain_runs_the_checked_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path, small(run_dir=str(tmp_path / "run")))
+    code = _STUBBED.format(name="train.pretrain")
+    done = longhaul("pretrain", path, "name=other", "parallel.cp=2", code=code, WORLD_SIZE="2")
+    assert done.stdout == "other [('fresh', False)]\n", done.stderr
+    assert done.returncode == 7
+
+
+def test_fresh_sets_the_old_run_aside_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = write(tmp_path, small(run_dir=str(run)))
+    code = _STUBBED.format(name="train.pretrain")
+    run.mkdir()
+    (run / "log").write_text("old")
+
+    other_rank = longhaul("pretrain", path, "--fresh", code=code, RANK="1", WORLD_SIZE="2")
+    assert other_rank.stdout == "small [('fresh', True)]\n"
+    assert (run / "log").exists(), "only rank 0 moves it"
+
+    restarted = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="1")
+    assert restarted.stdout == "small [('fresh', False)]\n"
+    assert (run / "log").exists(), "a requeued job goes on"
+
+    done = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="0")
+    assert done.stdout.splitlines()[1] == "small [('fresh', True)]"
+    assert not run.exists()
+    (aside,) = tmp_path.glob("run.2*")
+    assert str(aside) in done.stdout
+    assert (aside / "log").read_text() == "old"
+
+
+def test_setting_aside_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "NOW")
+    run = tmp_path / "run"
+    assert set_aside(run) is None
+    run.mkdir()
+    assert set_aside(run) is None, "nothing is in it"
+    for expected in ("run.NOW", "run.NOW-2", "run.NOW-3"):
+        run.mkdir(exist_ok=True)
+        (run / "file").touch()
+        assert set_aside(run) == tmp_path / expected
+
+
+def test_config_prints_what_loads_to_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, small(model__memory={"name": "fam", "slots": 8}))
+    done = longhaul("config", path, "model.memory.name=none", "parallel.tp=2", "--world-size", 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == [
+        "# a step: 8 lanes x 4 segments of 64 tokens = 2,048 tokens; 100 steps = 204,800 tokens",
+        "# 4 ranks: tp 2 x cp 1 x dp 2",
+    ]
+    assert load(write(tmp_path, done.stdout)) == validate(small(parallel__tp=2))
+    assert yaml.safe_load(done.stdout)["model"]["memory"] == {"name": "none"}
+
+
+def test_config_prints_the_schema() -> None:
+    done = longhaul("config", "--schema")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["title"] == "Config"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config"], "name a configuration FILE, or ask for --schema"),
+        (["pretrain"], "Missing argument"),
+        (["pretran"], "Did you mean 'pretrain'?"),
+        (["evaluate", "x", "--memory", "maybe"], "'maybe'"),
+        (["evaluate", "x", "--tokens", "1Q"], "--tokens: expected a number of tokens"),
+        (["prepare", "x"], "Missing option '--output'"),
+        (["prepare", "x", "--output", "y", "--shard-tokens", "some"], "--shard-tokens: expected"),
+        (
+            ["prepare", "x", "--output", "y", "--tokenizer", "a.json", "--train-tokenizer", "9"],
+            "exclude each other",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_a_message_and_exit_code_2(
+    arguments: list[str], message: str
+) -> None:
+    done = longhaul(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_prepare_writes_shards_that_it_names(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"text number {number}\n" * 20)
+    out = tmp_path / "shards"
+    arguments = ["prepare", texts, "--output", out, "--valid-fraction", 0.3, "--workers", 1]
+    done = longhaul(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^{re.escape(str(out))}/train: \d documents, ", done.stdout, re.M)
+    assert re.search(rf"^{re.escape(str(out))}/valid: \d documents, ", done.stdout, re.M)
+    assert "--force writes it anew" in longhaul(*arguments).stdout
+
+
+def test_prepares_complaints_have_no_traceback(tmp_path: Path) -> None:
+    done = longhaul("prepare", tmp_path / "absent", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_passes_its_options_on() -> None:
+    code = _STUBBED.format(name="train.evaluate")
+    done = longhaul("evaluate", "runs/a", "--memory", "off", "--tokens", "1k", code=code)
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == (
+        "a [('data', None), ('memory', False), ('output', None), ('tokens', 1024)]\n"
+    )
+
+
+_RAISING = """
+import sys, types
+module = types.ModuleType("train.pretrain")
+code = compile({source!r}, {file!r}, "exec")
+exec(code, module.__dict__)
+sys.modules["train.pretrain"] = module
+from train.cli import main
+main()
+"""
+
+
+def _raising(file: Path) -> str:
+    source = "def run(config, **options):\n    raise ValueError('17 is too much; use 3')\n"
+    return _RAISING.format(source=source, file=str(file))
+
+
+def test_our_own_value_errors_are_messages_and_name_their_rank(tmp_path: Path) -> None:
+    import train
+
+    path = write(tmp_path, small())
+    code = _raising(Path(train.__file__).with_name("pretrain.py"))
+    done = longhaul("pretrain", path, code=code)
+    assert (done.returncode, done.stderr) == (2, "17 is too much; use 3\n")
+    done = longhaul("pretrain", path, code=code, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (2, "[rank 1] 17 is too much; use 3\n")
+
+
+def test_a_librarys_value_error_keeps_its_traceback(tmp_path: Path) -> None:
+    done = longhaul("pretrain", write(tmp_path, small()), code=_raising(tmp_path / "library.py"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+
+
+def test_a_foreign_package_stops_every_command(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom train.cli import main; main()"
+    done = longhaul("config", "--schema", code=code)
+    assert done.returncode == 2
+    assert f"but data from {tmp_path / 'data'}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
