@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.train.attempts import (
     assert_same_bits,
@@ -95,6 +96,31 @@ def test_random_state_passing_goes_on_bit_for_bit(tmp_path: Path, shards: Shards
     assert "passed/0/slots" in tensors_of(broken.run_dir, HALF)["rank-00001.safetensors"]
     finish(2, broken)
     finish(2, whole)
+    assert_same_bits(broken.run_dir, whole.run_dir, STEPS)
+
+
+def pretrain_drawing(config: Config, hold: int) -> int:
+    """Train, a random number added to every loss that is logged."""
+    from train.pretrain import Pretraining
+
+    record = Pretraining._record
+
+    def draw(self: Any, state: Any, result: Any, seconds: float) -> None:
+        record(self, state, result._replace(loss=torch.rand(()).item()), seconds)
+
+    Pretraining._record = draw  # type: ignore[method-assign]
+    return pretrain_holding(config, hold)
+
+
+def test_random_numbers_go_on(tmp_path: Path, shards: Shards) -> None:
+    # nothing in a step draws any yet, so this draws some
+    broken, whole = pair(tmp_path, shards)
+    with forked(1, broken.run_dir, pretrain_drawing, broken, HALF + 1) as attempt:
+        attempt.wait_for_rows(HALF + 1)
+        attempt.kill()
+    for config in (broken, whole):
+        with forked(1, config.run_dir, pretrain_drawing, config, 0) as attempt:
+            assert attempt.wait() == [0], attempt.text()
     assert_same_bits(broken.run_dir, whole.run_dir, STEPS)
 
 
