@@ -11,7 +11,7 @@ def learning_rate(train: TrainSection, step: int) -> float:
     """Return the rate of update number `step`, counted from 0.
 
     Linear warm-up to lr over warmup_steps; then `constant`; `cosine` to min_lr at the last step;
-    or `wsd` (warm-up, stable, decay): lr until the last decay_steps, then linear to min_lr at the last.
+    or `wsd` (warm-up, stable, decay): lr until the last decay_steps, which fall linearly to min_lr.
     """
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps

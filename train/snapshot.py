@@ -139,7 +139,7 @@ def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
     if isinstance(template, Tensor):
         if prefix not in tensors:
             raise BadCheckpoint(f"no {prefix} in the checkpoint: saved with another memory")
-        return tensors[prefix]
+        return tensors[prefix].to(template.dtype)  # another one where train.precision was changed
     if isinstance(template, list):
         return [_fill(part, tensors, f"{prefix}/{i}") for i, part in enumerate(template)]
     named = template._asdict().items()

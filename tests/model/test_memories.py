@@ -93,6 +93,25 @@ def test_a_new_document_resets(memory: MemoryConfig, split: bool) -> None:
 
 
 @MEMORY
+@pytest.mark.parametrize("split", [False, True], ids=["one forward", "carried"])
+def test_no_gradient_reaches_the_document_before(memory: MemoryConfig, split: bool) -> None:
+    model, batch = build(config_of(memory)), batch_of(2, 4, 6)
+    old, new = batch.segments(0, 2), batch.segments(2, 4)
+    old.tokens.remainder_(VOCAB // 2)  # views: so that the table's rows tell old from new
+    new.tokens.remainder_(VOCAB // 2).add_(VOCAB // 2)
+    new.starts[:, 0] = True
+    if split:
+        output = run(model, new, run(model, old).state)
+    else:
+        old.labels.fill_(IGNORE)
+        output = run(model, batch)
+    output.loss.backward()
+    table = gradients(model)["embedding.weight"]
+    assert not table[: VOCAB // 2].any()
+    assert table[VOCAB // 2 :].abs().max() > 1e-4
+
+
+@MEMORY
 def test_a_document_that_goes_on_does_not_reset(memory: MemoryConfig) -> None:
     model, batch = build(config_of(memory)), batch_of(1, 3, 6)
     _, state = logits_of(model, batch.segments(0, 2))

@@ -156,15 +156,15 @@ def _warm() -> None:
 
 def pretrain(config: Config) -> int:
     """Do on one rank what `longhaul pretrain` does, command line and picture left out."""
-    import train.pretrain
+    from train import pretrain
     from train.quiet import quieten_libraries
     from train.signals import StopRequest
 
     # drawing takes longer than training here
-    train.pretrain.plot = lambda folder, **_: folder / "summary.png"
+    vars(pretrain)["plot"] = lambda folder, **_: folder / "summary.png"
     stop = StopRequest()
     quieten_libraries()
-    return train.pretrain.run(config, fresh=False, stop=stop)
+    return pretrain.run(config, fresh=False, stop=stop)
 
 
 def pretrain_holding(config: Config, step: int) -> int:
@@ -257,9 +257,11 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def losses(run_dir: Path) -> list[tuple[int, float, float, float]]:
-    """Return (step, loss, gradient norm, learning rate) of every row."""
-    return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in read_rows(run_dir)]
+def losses(run_dir: Path) -> list[tuple[float, ...]]:
+    """Return (step, loss, gradient norm, learning rate) of every row, a skipped step's nan as 0."""
+    names = ("step", "loss", "grad_norm", "lr")
+    rows = ([row[name] for name in names] for row in read_rows(run_dir))
+    return [tuple(0.0 if value != value else value for value in row) for row in rows]
 
 
 def checkpoint_names(run_dir: Path) -> list[str]:

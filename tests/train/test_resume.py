@@ -151,7 +151,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path, shards: Shards) -
         file.write('{"step": 7, "loss"')  # the crash cut a row short
     with forked(1, broken.run_dir, pretrain_holding, broken, HALF + 1) as attempt:
         attempt.wait_for(lambda: "resumed at step" in attempt.text())
-        attempt.wait_for(lambda: len(read_rows(broken.run_dir)) == HALF + 1)
+        attempt.wait_for(lambda: read_rows(broken.run_dir)[-1]["step"] == HALF + 1)
     assert [row["step"] for row in read_rows(broken.run_dir)] == [1, 2, 3, 4, 5]
 
 
@@ -217,6 +217,18 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path, shards: Shards) 
     assert losses(tmp_path / "run")[:3] == first
     assert len(losses(tmp_path / "run")) == 4
     assert (tmp_path / "run/DONE").read_text() == "4\n"
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_goes_on_in_another_precision(
+    before: str, after: str, tmp_path: Path, shards: Shards
+) -> None:
+    raw = tiny(tmp_path / "run", shards, train__steps=HALF, train__precision=before)
+    finish(1, validate(raw))
+    raw["train"] |= {"steps": HALF + 2, "precision": after}
+    finish(1, validate(raw))
+    found = [loss for _, loss, _, _ in losses(tmp_path / "run")]
+    assert max(found[HALF:]) < 1.05 * found[HALF - 1]  # neither weights nor memory are new
 
 
 # As users start it: torchrun, and the command line.

@@ -1,0 +1,256 @@
+"""Every bad input: one line, before any rank waits for another."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.corpora import write_numbers
+from tests.ranks import run_ranks
+from tests.train.runs import longhaul, write
+from tests.train.tiny import FAM, Shards, build_tiny, prepare_shards, tiny
+from train.checkpoint import list_checkpoints, read_manifest
+from train.config import ConfigError, validate
+from train.inputs import checkpoint_problems, open_inputs
+from train.loop import TrainState
+from train.resume import RunFolder
+
+
+def lines(raw: dict[str, Any], world_size: int = 1, *, fresh: bool = False) -> tuple[str, ...]:
+    """Return the problems that open_inputs finds; none is an error."""
+    with pytest.raises(ConfigError) as caught:
+        open_inputs(validate(raw), world_size, fresh=fresh)
+    return caught.value.problems
+
+
+def one_line(raw: dict[str, Any], world_size: int = 1) -> str:
+    """Return the only problem, which is one line."""
+    (line,) = lines(raw, world_size)
+    assert "\n" not in line
+    return line
+
+
+def assert_says(line: str, *parts: object) -> None:
+    assert [part for part in map(str, parts) if part not in line] == [], line
+
+
+# data
+
+
+def test_good_inputs_are_opened(tmp_path: Path, shards: Shards) -> None:
+    inputs = open_inputs(validate(tiny(tmp_path / "run", shards)), 1)
+    assert inputs.train.folder == shards.train
+    assert inputs.valid is not None and inputs.valid.folder == shards.valid
+
+
+@pytest.mark.parametrize("field", ["train", "valid"])
+def test_missing_shards(field: str, tmp_path: Path, shards: Shards) -> None:
+    missing = tmp_path / "nowhere"
+    line = one_line(tiny(tmp_path / "run", shards, **{f"data__{field}": str(missing)}))
+    assert line.startswith(f"data.{field}: ")
+    assert_says(line, missing, "does not exist", "longhaul prepare")
+
+
+def test_a_foreign_folder(tmp_path: Path, shards: Shards) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.jpg").touch()
+    line = one_line(tiny(tmp_path / "run", shards, data__train=str(tmp_path / "photos")))
+    assert_says(line, "data.train: ", tmp_path / "photos", "longhaul prepare")
+
+
+def copy(shards: Shards, folder: Path) -> Path:
+    shutil.copytree(shards.train, folder)
+    return folder
+
+
+def cut_shard(folder: Path) -> str:
+    shard = next(folder.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    return shard.name
+
+
+def lose_shard(folder: Path) -> str:
+    shard = next(folder.glob("*.tar"))
+    shard.unlink()
+    return shard.name
+
+
+def spoil_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{")
+    return "manifest.json"
+
+
+@pytest.mark.parametrize("damage", [cut_shard, lose_shard, spoil_manifest])
+def test_a_damaged_shard(damage: Callable[[Path], str], tmp_path: Path, shards: Shards) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    name = damage(folder)
+    line = one_line(tiny(tmp_path / "run", shards, data__train=str(folder)))
+    assert_says(line, "data.train: ", folder, name)
+
+
+def test_another_tokenizer_in_valid(tmp_path: Path, shards: Shards) -> None:
+    write_numbers(tmp_path / "numbers", [40, 40], vocab_size=100)
+    line = one_line(tiny(tmp_path / "run", shards, data__valid=str(tmp_path / "numbers")))
+    assert_says(
+        line, "data.valid: ", tmp_path / "numbers", shards.train, "another tokenizer", "prepare"
+    )
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path: Path, shards: Shards) -> None:
+    line = one_line(tiny(tmp_path / "run", shards, model__vocab_size=100))
+    assert_says(line, "model.vocab_size: 100", "257", "use 257 or leave it out")
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path, shards: Shards) -> None:
+    changes = {"data__valid": str(tmp_path / "nowhere"), "model__vocab_size": 5}
+    found = lines(tiny(tmp_path / "run", shards, **changes))
+    assert [line.split(":")[0] for line in found] == ["data.valid", "model.vocab_size"]
+
+
+# a checkpoint of something else
+
+
+def save_once(raw: dict[str, Any]) -> None:
+    config = validate(raw)
+    built, mesh, inputs = build_tiny(config)
+    RunFolder(config, built, mesh, inputs.train.fingerprint).save(TrainState(step=3))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Shards) -> Path:
+    """Return the folder of a run of two ranks with a checkpoint; nothing may write there."""
+    folder: Path = tmp_path_factory.mktemp("run")
+    run_ranks(2, save_once, tiny(folder, shards))
+    return folder
+
+
+OTHER = [
+    ("model.num_layers", "model__num_layers", 3, 2),
+    ("model.num_kv_heads", "model__num_kv_heads", 4, 2),
+    ("model.tie_embeddings", "model__tie_embeddings", True, False),
+    ("model.memory.slots", "model__memory__slots", 8, 4),
+    ("data.segment_len", "data__segment_len", 32, 16),
+    ("data.sample_len", "data__sample_len", 128, 64),
+    ("train.batch_size", "train__batch_size", 8, 4),
+    ("seed", "seed", 5, 0),
+    ("parallel.tp", "parallel__tp", 2, 1),
+    ("parallel.cp", "parallel__cp", 2, 1),
+    ("parallel.zero", "parallel__zero", 3, 1),
+    ("parallel.layout", "parallel__layout", "contiguous", "zigzag"),
+    ("train.micro_batch", "train__micro_batch", 2, 1),
+]
+
+
+@pytest.mark.parametrize(("field", "key", "now", "before"), OTHER, ids=[case[0] for case in OTHER])
+def test_a_checkpoint_of_another_run_names_field_values_and_remedy(
+    field: str, key: str, now: object, before: object, run: Path, shards: Shards
+) -> None:
+    line = one_line(tiny(run, shards, **{key: now}), world_size=2)
+    assert line.startswith(f"{field}: {now}, ")
+    assert_says(line, f"with {before}", "set it back")
+
+
+def test_another_memory_is_one_problem(run: Path, shards: Shards) -> None:
+    line = one_line(tiny(run, shards, model__memory={"name": "window"}), world_size=2)
+    assert line.startswith("model.memory.name: window, ")
+    assert_says(line, "with fam", "--fresh")
+
+
+def test_a_checkpoint_of_another_number_of_ranks(run: Path, shards: Shards) -> None:
+    line = one_line(tiny(run, shards), world_size=4)
+    assert_says(line, "world size: 4", "saved by 2 ranks", "start 2")
+
+
+def test_a_checkpoint_of_other_data(run: Path, tmp_path: Path) -> None:
+    other = prepare_shards(tmp_path, seed=1)
+    line = one_line(tiny(run, other), world_size=2)
+    assert_says(line, "data.train: ", other.train, "is not the corpus", run, "or another name")
+
+
+FREELY = {
+    "name": "renamed",
+    "train__steps": 99,
+    "train__lr": 0.5,
+    "train__bptt_len": 16,
+    "train__eval_tokens": 512,
+    "checkpoint__every": 1,
+    "data__workers": 2,
+    "model__memory": {**FAM, "random_state_passing": 0.5},
+    "parallel__sequence_parallel": False,
+    "parallel__attention": "all_gather",
+}
+
+
+@pytest.mark.parametrize("key", FREELY)
+def test_what_may_change_in_a_run_may(key: str, run: Path, shards: Shards) -> None:
+    open_inputs(validate(tiny(run, shards, **{key: FREELY[key]})), 2)
+
+
+def test_the_same_data_in_another_place_will_do(run: Path, tmp_path: Path, shards: Shards) -> None:
+    folder = copy(shards, tmp_path / "moved")
+    open_inputs(validate(tiny(run, shards, data__train=str(folder))), 2)
+
+
+def test_to_begin_again_the_old_checkpoints_do_not_matter(run: Path, shards: Shards) -> None:
+    open_inputs(validate(tiny(run, shards, model__num_layers=3)), 7, fresh=True)
+
+
+def test_an_unreadable_newest_manifest_is_passed_over(
+    run: Path, tmp_path: Path, shards: Shards
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    newer = folder / "checkpoints/step-00000009"
+    newer.mkdir()
+    (newer / "manifest.json").write_text("{")
+    line = one_line(tiny(folder, shards, seed=1), world_size=2)
+    assert line.startswith("seed: 1")
+
+
+def test_a_configuration_of_an_older_version_is_compared_field_by_field(
+    run: Path, shards: Shards
+) -> None:
+    (path,) = list_checkpoints(run / "checkpoints")
+    manifest = read_manifest(path)
+    saved = json.loads(json.dumps(manifest.config))
+    del saved["parallel"]["zero"]
+    older = dataclasses.replace(manifest, config=saved)
+    (problem,) = checkpoint_problems(validate(tiny(run, shards)), older, 2)
+    assert problem == ("parallel.zero", "1, but the checkpoints were saved with None; set it back")
+
+
+# through the command line
+
+
+def start(folder: Path, raw: dict[str, Any], rank: int) -> Any:
+    """Start one of two ranks; its peer does not exist, so waiting for it would take a minute."""
+    nowhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": str(rank)}
+    file = write(folder, raw)
+    return longhaul("pretrain", file, RANK=str(rank), WORLD_SIZE="2", **nowhere)
+
+
+def test_problems_of_inputs_end_with_code_2_and_no_traceback_before_ranks_meet(
+    run: Path, tmp_path: Path, shards: Shards
+) -> None:
+    changes = {"data__valid": str(tmp_path / "nowhere"), "train__batch_size": 8}
+    ended = start(tmp_path, tiny(run, shards, **changes), rank=0)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    errors = ended.stderr.strip().splitlines()
+    assert errors[0].endswith("2 problems")
+    assert [line.strip().split(":")[0] for line in errors[1:]] == [
+        "data.valid",
+        "train.batch_size",
+    ]
+
+
+def test_the_other_ranks_end_alike_and_say_nothing(
+    run: Path, tmp_path: Path, shards: Shards
+) -> None:
+    ended = start(tmp_path, tiny(run, shards, train__batch_size=8), rank=1)
+    assert ended.returncode == 2
+    assert ended.stderr == ""
