@@ -133,8 +133,8 @@ def test_optimizer_state_is_halved_over_two_ranks(stage: int, bf16: bool) -> Non
     assert max(held_by) < 0.6 * whole
 
 
-def continue_restored(stage: int, bf16: bool) -> None:
-    """4 steps equal 2 steps, copy into an engine with other weights, 2 steps."""
+def continue_restored(stage: int, bf16: bool, used: bool) -> None:
+    """4 steps equal 2 steps, copy into an engine that trained on something else, 2 steps."""
     engine = make(stage, bf16)
     for step in (0, 1):
         good_step(engine, step)
@@ -142,6 +142,8 @@ def continue_restored(stage: int, bf16: bool) -> None:
              for f in engine.fragments()}  # fmt: skip
     count = engine.optimizer_step_count()
     fresh = make(stage, bf16, seed=1)
+    if used:
+        good_step(fresh, 9)
     for fragment in fresh.fragments():
         for kind, value in fragment.values.items():
             value.copy_(saved[fragment.name, fragment.start][kind])
@@ -154,8 +156,9 @@ def continue_restored(stage: int, bf16: bool) -> None:
 
 
 @EVERY
-def test_a_restored_engine_goes_on_bit_for_bit(stage: int, bf16: bool) -> None:
-    on_ranks(continue_restored, stage, bf16)
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used before"])
+def test_a_restored_engine_goes_on_bit_for_bit(stage: int, bf16: bool, used: bool) -> None:
+    on_ranks(continue_restored, stage, bf16, used)
 
 
 def accumulate(stage: int, bf16: bool) -> None:

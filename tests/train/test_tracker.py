@@ -228,9 +228,7 @@ def test_the_shipper_of_a_killed_trainer_ships_the_rest_and_ends(
 ) -> None:
     pid = killed_trainer(False)
     wait_until(lambda: not is_running(pid))
-    run = reader.run(
-        embedded_uri(tmp_path), (tmp_path / "tracking" / "run_id").read_text().strip()
-    )
+    run = reader.run(embedded_uri(tmp_path), (tmp_path / "tracking" / "run_id").read_text().strip())
     assert steps_of(run) == spooled_steps(tmp_path)
     assert run["status"] == "KILLED"
 
@@ -238,9 +236,7 @@ def test_the_shipper_of_a_killed_trainer_ships_the_rest_and_ends(
 def test_a_server_that_never_answers_costs_nothing_but_the_delay(
     tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "MLFLOW_HTTP_REQUEST_TIMEOUT", "1"
-    )  # the shipper's; 5 s would do as well
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # the shipper's; 5 s would do as well
     with socket.create_server(("127.0.0.1", 0)) as server, monkeypatch.context() as cut_off:
         server.listen(64)
         # The trainer's process can neither reach a network nor import mlflow: it needs neither.
@@ -348,9 +344,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_row(
     assert set(spooled_steps(tmp_path)) == {5} and tracker.dropped == 0
 
 
-def test_a_value_that_is_no_number_costs_its_row_alone(
-    tmp_path: Path, no_shipper: None
-) -> None:
+def test_a_value_that_is_no_number_costs_its_row_alone(tmp_path: Path, no_shipper: None) -> None:
     tracker = open_tracker(tmp_path)
     tracker.metrics({"loss": "high"}, 0)  # type: ignore[dict-item]
     tracker.metrics(None, 1)  # type: ignore[arg-type]
@@ -480,9 +474,7 @@ def test_a_sample_of_the_node_uses_mlflow_names(tmp_path: Path) -> None:
     system.stop()
     assert sample["system/system_memory_usage_megabytes"] > 0
     assert 0 < sample["system/disk_usage_percentage"] <= 100
-    assert {"system/cpu_utilization_percentage", "system/network_receive_megabytes"} <= set(
-        sample
-    )
+    assert {"system/cpu_utilization_percentage", "system/network_receive_megabytes"} <= set(sample)
 
 
 # The shipper alone, over a run that misbehaves.
@@ -534,9 +526,7 @@ def test_a_refused_row_is_put_aside_and_the_others_arrive(
     monkeypatch.setattr(FakeRun, "refused_key", "loss7")
     assert not fake_shipper.ship()
     assert FakeRun.sent == [step for step in range(20) if step != 7]
-    refused = [
-        json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()
-    ]
+    refused = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()]
     assert [row["step"] for row in refused] == [7, None]
     assert fake_shipper.ship()  # no more than the start of a line is left
 
