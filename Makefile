@@ -32,18 +32,19 @@ $(READY): pyproject.toml constraints.txt
 	  f"{sys.executable} is Python {sys.version.split()[0]}; longhaul needs 3.11 or later:" \
 	  " make setup PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(TORCH)
+	@echo 'installing into $(VENV): about two minutes'
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	@# The other pins hold beside whichever torch is there now.
 	{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze | grep '^torch=='; } \
 	  > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 gpu: $(READY)  ## add flash-attn and Transformer Engine (needs a CUDA toolkit; compiles)
 	$(BIN)/python -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[gpu]'
 
 quickstart: $(READY)  ## set up, then pretrain a small model on this machine: four CPU ranks
-	$(BIN)/longhaul prepare stdlib --output runs/quickstart-data
+	$(BIN)/longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1
 	$(BIN)/torchrun --standalone --nproc-per-node=4 --no-python \
 	  $(BIN)/longhaul pretrain configs/quickstart.yaml $(QUICKSTART_ARGS)
 

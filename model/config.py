@@ -7,7 +7,7 @@ from typing import Literal
 
 VOCAB_MULTIPLE = 64
 """The embedding is padded to a multiple of this, whatever the layout, so that every TP size up to
-64 holds the same weights. Padded logits are -inf: they take no probability."""
+64 holds the same weights. Padded columns take no probability."""
 
 
 @dataclass(frozen=True)

@@ -101,12 +101,17 @@ class Head(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor | None, scale: Tensor | None, tied: Tensor | None
     ) -> Any:
-        """Return (loss, token losses [all rows]); without labels this rank's logits."""
+        """Return (loss, token losses [all rows]); without labels this rank's logits.
+
+        Logits end at vocab_size where the matrix is whole; a tensor-parallel part of them may end
+        with columns of the padding, which stand for no token.
+        """
         hidden = self.linears.enter(self.norm(x))
         weight = self.output.weight if tied is None else tied
         assert isinstance(weight, Tensor)
         if labels is None:
-            return hidden @ weight.t()
+            logits = hidden @ weight.t()
+            return logits[:, : self.vocab_size] if self.linears.size == 1 else logits
         assert scale is not None
         return chunked_loss(
             hidden,

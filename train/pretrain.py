@@ -312,7 +312,8 @@ def continue_command(steps: int | None = None) -> str:
     words = ["longhaul", *sys.argv[1:]]
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is not None:
-        words = ["torchrun", "--no-python", "--nproc-per-node", local, *words]
+        one_node = ["--standalone"] if local == os.environ.get("WORLD_SIZE") else []
+        words = ["torchrun", *one_node, "--no-python", "--nproc-per-node", local, *words]
     if steps is not None:
         words = [word for word in words if not word.startswith("train.steps=")]
         words.append(f"train.steps={steps}")
