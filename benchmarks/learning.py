@@ -133,23 +133,40 @@ def by_position(
 
 
 def table(folder: Path) -> str:
-    """Return a markdown table: mean over seeds, off - on, and its standard deviation."""
-    rows: dict[str, list[dict[str, list[float]]]] = {}
+    """Return markdown: loss by position over seeds, then differences paired by seed."""
+    runs: dict[str, dict[int, dict[str, list[float]]]] = {}
     for line in (folder / "results.jsonl").read_text().splitlines():
         row = json.loads(line)
-        rows.setdefault(row["memory"], []).append(row)
+        runs.setdefault(row["memory"], {})[row["seed"]] = row
     names = [f"{low}-{high}" for low, high in zip(EDGES[:-2], EDGES[1:-1], strict=True)]
     names.append(f"{EDGES[-2]}-")
-    text = "| memory (seeds) | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1)
-    for memory, runs in rows.items():
+    head = " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1)
+    text = "| loss, mean over seeds | " + head
+    for memory, seeds in runs.items():
         for kind in ("on", "off"):
-            cells = []
-            for i in range(len(names)):
-                values = [run[kind][i] for run in runs]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}")
-            text += f"\n| {memory}, {kind} ({len(runs)}) | " + " | ".join(cells) + " |"
+            rows = [seeds[seed][kind] for seed in sorted(seeds)]
+            text += f"\n| {memory}, {kind} ({len(rows)}) |" + _cells(rows, spread=False)
+    text += "\n\n| difference, mean ± standard error | " + head
+    for memory, seeds in runs.items():
+        if memory == "none":
+            continue
+        for label, other, kind in (("none", runs["none"], "on"), ("its own off", seeds, "off")):
+            both = sorted(seeds.keys() & other.keys())
+            rows = [
+                [b - a for a, b in zip(seeds[s]["on"], other[s][kind], strict=True)] for s in both
+            ]
+            text += f"\n| {label} - {memory} ({len(rows)}) |" + _cells(rows, spread=True)
     return text
+
+
+def _cells(rows: list[list[float]], *, spread: bool) -> str:
+    cells = []
+    for values in zip(*rows, strict=True):
+        cell = f" {statistics.mean(values):.3f}"
+        if spread and len(values) > 1:
+            cell += f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+        cells.append(cell + " |")
+    return "".join(cells)
 
 
 def main() -> None:
