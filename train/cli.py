@@ -287,6 +287,9 @@ def evaluate(
     Next: compare with a run of model.memory.name=none at the same number of tokens.
     """  # noqa: D301
     limit = None if tokens is None else _token_option("--tokens", tokens)
+    from train.quiet import quieten_libraries
+
+    quieten_libraries()
     from train.evaluate import run
 
     raise typer.Exit(run(checkpoint, data=data, memory=memory == "on", tokens=limit, output=output))

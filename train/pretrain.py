@@ -124,9 +124,11 @@ class Pretraining:
                 self._check_finite(state, result)
                 if state.step % config.checkpoint.every == 0:
                     self._save(state)
+                if state.step == config.train.steps:
+                    break  # the last evaluation is `_finish`'s
                 if config.train.eval_every and state.step % config.train.eval_every == 0:
                     self._evaluate(state, memory=True)
-                if state.step < config.train.steps and self.stop.agreed(self.mesh.device):
+                if self.stop.agreed(self.mesh.device):
                     return False
                 began = time.perf_counter()
         return True
