@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL_FILES := $(wildcard slurm/*.sh) .ci/run
 
-.PHONY: help setup gpu quickstart test test-slow lint types format constraints clean
+.PHONY: help setup quickstart test test-slow lint types format constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,9 +39,6 @@ $(READY): pyproject.toml constraints.txt
 	  > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
-
-gpu: $(READY)  ## add flash-attn and Transformer Engine (needs a CUDA toolkit; compiles)
-	$(BIN)/python -m pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[gpu]'
 
 quickstart: $(READY)  ## set up, then pretrain a small model on this machine: four CPU ranks
 	$(BIN)/longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1

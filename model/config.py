@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 VOCAB_MULTIPLE = 64
-"""The embedding is padded to a multiple of this, whatever the layout, so that every TP size up to
-64 holds the same weights. Padded columns take no probability."""
+"""The embedding is padded to a multiple of this, whatever the layout, so that every TP size that
+divides 64 holds the same weights. Padded columns take no probability."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class CudaFlash:
             k,
             v,
             out,
-            lse,
+            lse.contiguous(),  # read as dense [B, H, Sq], unchecked: a slice of rows is not
             None,
             None,
             q.shape[2],

@@ -40,9 +40,7 @@ class _Torch(types.ModuleType):
 
 
 def install_cpu_adapter() -> None:
-    """Rebind `torch` in megatron-core's modules, unless there is CUDA."""
-    if torch.cuda.is_available():
-        return
+    """Rebind `torch` in megatron-core's modules; for processes that compute on the CPU."""
     proxy = _Torch()
     for target in TARGETS:
         importlib.import_module(f"megatron.core.{target}").torch = proxy  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,10 +51,14 @@ def place(rank: int, *, tp: int, cp: int) -> tuple[int, int, int]:
 
 
 def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the processes torchrun started (or stand alone): NCCL where CUDA is, else gloo."""
+    """Join the processes torchrun started (or stand alone).
+
+    NCCL where each process of this machine has a GPU of its own, else gloo and the CPU.
+    """
     if dist.is_initialized():
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = "nccl" if torch.cuda.device_count() >= local_ranks else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -63,10 +68,11 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
-def build_mesh(*, tp: int, cp: int) -> Mesh:
-    """Return the mesh of the initialised default process group.
+def build_mesh(*, tp: int, cp: int, timeout: timedelta = timedelta(minutes=30)) -> Mesh:
+    """Return the mesh of the initialised default process group: on GPUs if that is NCCL's.
 
-    Raises ValueError where the world size is not a multiple of tp * cp.
+    timeout: of a collective, in whole minutes. Raises ValueError where the world size is not a
+    multiple of tp * cp.
     """
     world = dist.get_world_size()
     if world % (tp * cp):
@@ -74,19 +80,22 @@ def build_mesh(*, tp: int, cp: int) -> Mesh:
             f"world size {world} is not a multiple of tp * cp = {tp} * {cp} = {tp * cp};"
             f" start {-(-world // (tp * cp)) * tp * cp} processes, or change tp or cp"
         )
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     from megatron.core import parallel_state
 
     from parallel.megatron_cpu import install_cpu_adapter
 
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    install_cpu_adapter()
+    if device.type == "cpu":
+        install_cpu_adapter()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp, context_parallel_size=cp
+            tensor_model_parallel_size=tp,
+            context_parallel_size=cp,
+            distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
         )
     rank = dist.get_rank()
     tp_rank, cp_rank, dp_rank = place(rank, tp=tp, cp=cp)

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
     vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
@@ -52,15 +53,14 @@ class MegatronLinears:
             sequence_parallel=self.sequence_parallel,
             params_dtype=dtype,
             use_cpu_initialization=mesh.device.type == "cpu",
-            # megatron sets the marks partition_dim and partition_stride only while it initialises;
-            # the values are replaced by model.init.
-            perform_initialization=True,
+            # model.init does, the same for every layout; `_marked` sets the marks megatron would.
+            perform_initialization=False,
             gradient_accumulation_fusion=False,
         )
 
     def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
         """Return a column-parallel linear map without bias."""
-        return _Column(
+        layer = _Column(
             in_features,
             out_features,
             config=self.config,
@@ -68,10 +68,11 @@ class MegatronLinears:
             bias=False,
             stride=stride,
         )
+        return _marked(layer, 0, stride)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """Return a row-parallel linear map without bias."""
-        return _Row(
+        layer = _Row(
             in_features,
             out_features,
             config=self.config,
@@ -80,16 +81,18 @@ class MegatronLinears:
             input_is_parallel=True,
             skip_bias_add=False,
         )
+        return _marked(layer, 1)
 
     def embedding(self, num_embeddings: int, features: int) -> nn.Module:
         """Return a table cut by its rows."""
-        return _Embedding(
+        layer = _Embedding(
             num_embeddings,
             features,
             init_method=_leave,
             reduce_scatter_embeddings=self.sequence_parallel,
             config=self.config,
         )
+        return _marked(layer, 0)
 
     def enter(self, x: Tensor) -> Tensor:
         """Return all rows; the gradient is summed over the ranks."""
@@ -128,6 +131,12 @@ class MegatronLinears:
 
 def _leave(weight: Tensor) -> None:
     """Initialise nothing: model.init does, the same for every layout."""
+
+
+def _marked(layer: nn.Module, dim: int, stride: int = 1) -> nn.Module:
+    """Return a megatron layer with its weight marked as cut, which gradient norms rely on."""
+    set_tensor_model_parallel_attributes(layer.weight, True, dim, stride)
+    return layer
 
 
 def sum_scattered_gradients(model: nn.Module, mesh: Mesh) -> None:

@@ -91,7 +91,9 @@ class ZeroEngine:
     ) -> None:
         self.mesh, self.stage = mesh, stage
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.engine = _start(model, optimizer, mesh, _config(stage, bf16, clip))
+        self.engine = _start(
+            model, optimizer, mesh, _config(stage, bf16, clip, cuda=mesh.device.type == "cuda")
+        )
         self.zero: Any = self.engine.optimizer
         self.base: torch.optim.AdamW = self.zero.optimizer
 
@@ -193,7 +195,7 @@ def _entry_12(parameter: Any) -> tuple[int, int, int] | None:
     return here.start, there.start, here.numel
 
 
-def _config(stage: int, bf16: bool, clip: float) -> dict[str, Any]:
+def _config(stage: int, bf16: bool, clip: float, *, cuda: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -201,7 +203,7 @@ def _config(stage: int, bf16: bool, clip: float) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": cuda,
             "round_robin_gradients": False,
         },
         "steps_per_print": None,
@@ -220,7 +222,7 @@ def _start(
     mesh: Mesh,
     config: dict[str, Any],
 ) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine

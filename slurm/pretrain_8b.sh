@@ -20,6 +20,7 @@
 # ---- the site: edit here, or export before sbatch -------------------------------------------
 # Account, partition, QOS, time: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, SBATCH_TIMELIMIT.
 # Tracking: MLFLOW_TRACKING_URI. The network, where NCCL chooses wrongly: NCCL_SOCKET_IFNAME.
+RUN_DIR=${RUN_DIR:-runs/pretrain_8b} # checkpoints, metrics, DONE; set it here, not by run_dir=
 CONTAINER=${CONTAINER:-} # an image with longhaul in it, run by pyxis; empty: .venv of this folder
 # ---------------------------------------------------------------------------------------------
 
@@ -33,4 +34,4 @@ if [[ -n $CONTAINER ]]; then
 fi
 rank_environment
 print_versions
-run_until_stopped runs/pretrain_8b 8 longhaul pretrain configs/pretrain_8b.yaml "$@"
+run_until_stopped "$RUN_DIR" 8 longhaul pretrain configs/pretrain_8b.yaml run_dir="$RUN_DIR" "$@"

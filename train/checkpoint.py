@@ -30,7 +30,6 @@ from torch import Tensor
 from parallel.tensor import Cut
 
 FORMAT = 1
-KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,17 @@ def save(
                 final.rename(work.with_suffix(".old"))
             work.rename(final)
             shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
-            _write(folder / "latest.tmp", final.name)
-            (folder / "latest.tmp").rename(folder / "latest")
-            _sync(folder)
+            _point(folder, final)
 
     _together(commit)
     return final
+
+
+def _point(folder: Path, checkpoint: Path) -> None:
+    """Let `latest`, for people and their scripts, name a checkpoint; loading lists the folder."""
+    _write(folder / "latest.tmp", checkpoint.name)
+    (folder / "latest.tmp").rename(folder / "latest")
+    _sync(folder)
 
 
 def _together(action: Callable[[], Any]) -> list[Any]:
@@ -179,7 +183,7 @@ def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Ma
         try:
             manifest = read_manifest(checkpoint)
             verify(checkpoint, sorted(manifest.files)[rank::world])
-        except BadCheckpoint as error:
+        except (BadCheckpoint, OSError) as error:
             problem = str(error)
         problems: list[str | None] = [None] * world
         dist.all_gather_object(problems, problem)
@@ -211,6 +215,8 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
             aside = checkpoint.with_suffix(".bad")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(checkpoint.rename(aside))
+    if moved:
+        _point(folder, list_checkpoints(folder)[-1])
     return moved
 
 
@@ -249,7 +255,8 @@ def retain(folder: Path, *, keep: int, keep_every: int | None) -> list[Path]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = checkpoint.with_suffix(".tmp")
             checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+            # What cannot be deleted now (somebody reads it) goes with remove_unfinished later.
+            shutil.rmtree(doomed, ignore_errors=True)
             spent.append(checkpoint)
     return spent
 
@@ -258,7 +265,7 @@ def remove_unfinished(folder: Path) -> list[str]:
     """Delete what an interrupted save left behind; return the names."""
     leftovers = [path for path in folder.glob("step-*") if path.suffix in (".tmp", ".old")]
     for path in leftovers:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
 
 

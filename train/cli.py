@@ -8,7 +8,6 @@ apart (so D301, raw docstrings, does not fit: the character itself must be there
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -151,7 +150,7 @@ def pretrain(
 
     Everything is checked before any rank starts, and every problem is told at once. The run
     folder (run_dir, else runs/<name>) gets the resolved configuration, checkpoints and metrics.
-    The same command resumes: after a crash, a preemption or on other numbers of ranks.
+    The same command, on as many ranks, resumes: after a crash or a preemption.
 
     \b
     Examples:
@@ -163,14 +162,8 @@ def pretrain(
     """  # noqa: D301
     from train.config import load
 
-    rank = int(os.environ.get("RANK", "0"))
     config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     fresh = fresh and not _is_restart()
-    if fresh and rank == 0:
-        # the others look into the folder only after they have met rank 0
-        aside = set_aside(config.run_dir)
-        if aside is not None:
-            typer.echo(f"--fresh: {config.run_dir} is now {aside}")
     from train.quiet import quieten_libraries
     from train.signals import StopRequest
 
@@ -306,27 +299,11 @@ def main() -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             typer.echo(f"{error}", err=True)
-        elif type(error).__name__ != "ConfigError":
-            # every rank finds the same problems in the same files, and once is enough to read;
-            # once ranks run, an error can be one rank's own: say whose
+        elif type(error).__name__ != "ConfigError" or os.environ.get("LOCAL_RANK") == "0":
+            # Ranks of a node find the same problems in the same files, and once is enough to
+            # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
         sys.exit(2)
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Return where a run folder was moved to, None where there was nothing in it.
-
-    The name is the folder's with the time, so nothing of an old run is ever overwritten.
-    """
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    stem = f"{folder.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}"
-    aside, number = folder.with_name(stem), 1
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{stem}-{number}")
-    folder.rename(aside)
-    return aside
 
 
 def _is_restart() -> bool:

@@ -65,7 +65,7 @@ def evaluate(
     call of forward, and carries the state from call to call. memory=False: nothing is carried
     from segment to segment, no window either. Whole samples are read, at least one of each
     lane. All ranks of the mesh call this together; with mesh None this process is alone and
-    works on `device`. micro_batch: lanes in a call, at most; each lane's state is held.
+    works on `device`. micro_batch: lanes in a call, at most; only their state is held.
     """
     streams = Streams(
         corpus.lengths, seed=_SEED, lanes=lanes, segment_len=segment_len, segments=segments
@@ -76,33 +76,31 @@ def evaluate(
     layout = layout or Whole()
     tally = _Tally(streams, steps, layout.positions(cp_rank, segment_len).numpy())
     scale = torch.ones((), device=device)
-    states: dict[int, list[State]] = {}
-    batches = load(
-        corpus,
-        streams,
-        position=0,
-        dp_rank=dp_rank,
-        dp_size=dp,
-        micro_batch=_largest_divisor(lanes // dp, micro_batch),
-        workers=workers,
-        steps=steps,
-    )
-    with torch.no_grad(), closing(batches):
-        for step in _shown(batches, steps, progress):
-            for index, batch in enumerate(step):
+    micro_batch = _largest_divisor(lanes // dp, micro_batch)
+    groups = lanes // dp // micro_batch
+    # Lanes are independent: one group after the other, so that one group's state is held at a time.
+    for group in range(groups):
+        state: list[State] | None = None
+        batches = load(
+            corpus,
+            streams,
+            position=0,
+            dp_rank=dp_rank * groups + group,
+            dp_size=dp * groups,
+            micro_batch=micro_batch,
+            workers=workers,
+            steps=steps,
+        )
+        with torch.no_grad(), closing(batches):
+            for (batch,) in _shown(batches, steps, progress):
                 local, labels = (
                     take_slice(x, layout, cp_rank) for x in (batch.tokens, batch.labels)
                 )
                 starts = batch.starts if memory else torch.ones_like(batch.starts)
                 output = forward(
-                    local.to(device),
-                    starts.to(device),
-                    states.get(index),
-                    labels.to(device),
-                    scale,
+                    local.to(device), starts.to(device), state, labels.to(device), scale
                 )
-                if memory:
-                    states[index] = output.state
+                state = output.state if memory else None
                 tally.add(batch, labels, output.token_losses)
     return tally.result(memory, mesh)
 

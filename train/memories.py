@@ -59,8 +59,8 @@ class FamMemory(Section):
     )
     random_state_passing: Probability = Field(
         default=0.0,
-        description="Probability, in training, that a new document starts from slots saved at"
-        " the end of an earlier step in the place of the learned first ones. It teaches slots"
+        description="Probability, in training, that a step's new documents start from slots saved"
+        " at the end of an earlier step in the place of the learned first ones. It teaches slots"
         " to be read after more segments than a sample has; the paper uses 0.8. 0 is off.",
     )
 

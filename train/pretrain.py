@@ -27,31 +27,39 @@ from train.describe import describe_run
 from train.evaluate import choose_lanes, evaluate
 from train.inputs import Inputs, open_inputs
 from train.loop import StepResult, TrainState, train_steps
-from train.metrics import FORMULA_NAME, mfu, peak_flops, training_flops_per_token
+from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.positions import PositionLosses
 from train.progress import Progress, Status
-from train.resume import RunFolder
+from train.resume import RunFolder, set_aside
 from train.signals import StopRequest
 from train.summary import plot, summarise
 from train.tracker import NoTracker, Tracker
+from train.tracker import Status as EndStatus
 
 
 def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
     """Train until the last step or a stop signal; return the exit code.
 
-    fresh: rank 0 has set an old run folder aside, or is about to before it meets the others.
+    fresh: begin again; an old run folder gets another name.
     Raises ConfigError, before any rank waits for another, where data or checkpoint do not fit.
     """
     inputs = open_inputs(config, int(os.environ.get("WORLD_SIZE", "1")), fresh=fresh)
-    start_processes(timedelta(seconds=config.parallel.timeout_s))
-    try:
-        mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp)
-        torch.manual_seed(config.seed)
-        model_config = to_model_config(config, inputs.train.manifest.vocab_size)
-        built = build(config, model_config, mesh)
-        return Pretraining(config, inputs, built, mesh, stop).run()
-    finally:
-        dist.destroy_process_group()
+    if fresh and int(os.environ.get("RANK", "0")) == 0:
+        # The others look into the folder only after they have met rank 0, below.
+        aside = set_aside(config.run_dir)
+        if aside is not None:
+            print(f"--fresh: {config.run_dir} is now {aside}", file=sys.stderr)
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    start_processes(timeout)
+    mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
+    torch.manual_seed(config.seed)
+    model_config = to_model_config(config, inputs.train.manifest.vocab_size)
+    built = build(config, model_config, mesh)
+    code = Pretraining(config, inputs, built, mesh, stop).run()
+    # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
+    # and hide the error until the timeout.
+    dist.destroy_process_group()
+    return code
 
 
 class Pretraining:
@@ -66,6 +74,7 @@ class Pretraining:
         self.tokens_per_step = config.train.batch_size * config.data.sample_len
         self.flops = training_flops_per_token(built.model.config, config.data.segment_len)
         self.peak = peak_flops(mesh.device, config.train.precision)
+        self.status: EndStatus = "FINISHED"
 
     def run(self) -> int:
         """Resume, train, evaluate, sum up; the checkpoint of the last step is always written."""
@@ -89,6 +98,7 @@ class Pretraining:
             if finished:
                 self._finish(state)
             else:
+                self.status = "SCHEDULED"
                 self.tracker.event(f"stopped by {self.stop.received or 'another rank'}", state.step)
                 self.progress.say(
                     f"stopped at step {state.step}, saved; continue with: {continue_command()}"
@@ -262,7 +272,9 @@ class Pretraining:
         )
 
         def close(kind: Any, error: Any, trace: Any) -> None:
-            tracker.close(status="FINISHED" if kind is None else "FAILED")
+            tracker.close(status=self.status if kind is None else "FAILED")
+            if tracker.problem:
+                self._say(f"tracking: {tracker.spooled:,} bytes not shipped: {tracker.problem}")
 
         stack.push(close)
         return tracker
@@ -286,7 +298,7 @@ class Pretraining:
             Path(config.data.train) / "manifest.json",
         )
         self.tracker.params(config.model_dump(mode="json"))
-        self.tracker.tags({"formula.mfu": FORMULA_NAME, "peak": self.peak.source})
+        self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})
         self.tracker.event(f"started at step {state.step}", state.step)
 
     def _title(self) -> str:
@@ -312,8 +324,10 @@ def memory_norms(state: TrainState) -> dict[str, float]:
 def continue_command(steps: int | None = None) -> str:
     """Return the command line that goes on with this run, with more steps if given."""
     words = ["longhaul", *sys.argv[1:]]
+    if job := os.environ.get("SLURM_JOB_NAME"):
+        words = ["sbatch", f"slurm/{job}.sh", *sys.argv[3:]]
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    if local is not None:
+    if local is not None and words[0] == "longhaul":
         one_node = ["--standalone"] if local == os.environ.get("WORLD_SIZE") else []
         words = ["torchrun", *one_node, "--no-python", "--nproc-per-node", local, *words]
     if steps is not None:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from model.config import VOCAB_MULTIPLE
+
 
 class Rule(NamedTuple):
     """One rule: where its message is shown, what it reads, and the check."""
@@ -84,6 +86,15 @@ def _kv_heads_over_tp(num_kv_heads: int, tp: int) -> str | None:
 
 def _ffn_over_tp(ffn_size: int, tp: int) -> str | None:
     return _multiple(ffn_size, tp, "parallel.tp")
+
+
+def _tp(tp: int) -> str | None:
+    if VOCAB_MULTIPLE % tp == 0:
+        return None
+    return (
+        f"{tp} does not divide {VOCAB_MULTIPLE}, which the vocabulary is padded to a multiple of;"
+        f" use {nearest_divisors(tp, VOCAB_MULTIPLE)}"
+    )
 
 
 def _head_dim(head_dim: int | None, hidden_size: int, num_heads: int) -> str | None:
@@ -249,6 +260,7 @@ _BATCH, _MICRO = "train.batch_size", "train.micro_batch"
 _STEPS, _WARMUP = "train.steps", "train.warmup_steps"
 
 RULES: tuple[Rule, ...] = (
+    Rule(_TP, (_TP,), _tp),
     Rule(_KV_HEADS, (_KV_HEADS, _HEADS), _kv_heads),
     Rule(_HEADS, (_HEADS, _TP), _heads_over_tp),
     Rule(_KV_HEADS, (_KV_HEADS, _TP), _kv_heads_over_tp),

@@ -34,7 +34,7 @@ class ModelSection(Section):
     vocab_size: Count | None = Field(
         default=None,
         description="Tokens in the vocabulary. Leave it out to take it from the prepared data;"
-        " it is padded to a multiple of what tensor parallelism needs by itself.",
+        " it is padded to a multiple of 64 by itself.",
     )
     num_layers: Count = Field(description="Decoder blocks, one after the other.")
     hidden_size: Count = Field(description="Width of the residual stream.")
@@ -203,7 +203,8 @@ class TrainSection(Section):
     )
     checkpointing: Literal["none", "selective", "block"] = Field(
         default="none",
-        description="Activations to recompute in the backward pass. selective: attention only;"
+        description="Activations to recompute in the backward pass. selective: norms,"
+        " activations and sums, but no product and no attention;"
         " block: everything but block inputs, a third more compute for the least memory.",
     )
     loss_chunk: TokenLength = Field(

@@ -54,8 +54,9 @@ def restore(built: Built, mesh: Mesh, manifest: Manifest, tensors: dict[str, Ten
             values.copy_(saved)
     built.engine.restore(manifest.updates)
     torch.set_rng_state(tensors.pop("random/cpu"))
-    if mesh.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors.pop("random/cuda"), mesh.device)
+    cuda_random = tensors.pop("random/cuda", None)  # absent where a CPU run goes on with GPUs
+    if mesh.device.type == "cuda" and cuda_random is not None:
+        torch.cuda.set_rng_state(cuda_random, mesh.device)
     state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates))
     on_device = {name: tensor.to(mesh.device) for name, tensor in tensors.items()}
     for index in sorted(

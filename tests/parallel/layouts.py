@@ -86,8 +86,8 @@ def keep_matrices_partitioned() -> None:
     """
     made = zero._config
 
-    def config(*args: Any) -> dict[str, Any]:
-        changed = made(*args)
+    def config(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        changed = made(*args, **kwargs)
         changed["zero_optimization"]["stage3_param_persistence_threshold"] = 100
         return changed
 

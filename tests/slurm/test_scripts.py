@@ -55,11 +55,14 @@ def test_the_8b_script_starts_the_configured_number_of_ranks() -> None:
     config = pytest.importorskip("train.config").load(ROOT / "configs" / "pretrain_8b.yaml")
     script = ROOT / "slurm" / "pretrain_8b.sh"
     options = sbatch_options(script)
-    launched = re.search(r"^run_until_stopped (\S+) (\d+) ", script.read_text(), re.MULTILINE)
+    text = script.read_text()
+    launched = re.search(r'^run_until_stopped "\$RUN_DIR" (\d+) .* run_dir="\$RUN_DIR"', text, re.M)
+    default = re.search(r"^RUN_DIR=\$\{RUN_DIR:-(\S+)\}", text, re.M)
     assert launched is not None
-    assert Path(launched[1]) == config.run_dir
-    assert launched[2] == options["gpus-per-node"]
-    world = int(options["nodes"]) * int(launched[2])
+    assert default is not None
+    assert Path(default[1]) == config.run_dir
+    assert launched[1] == options["gpus-per-node"]
+    world = int(options["nodes"]) * int(launched[1])
     assert world == 64
     assert world % (config.parallel.tp * config.parallel.cp) == 0
     assert config.parallel.tp * config.parallel.cp == int(options["gpus-per-node"])

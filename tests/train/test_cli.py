@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tests.train.runs import longhaul, small, write
-from train.cli import set_aside
 from train.config import load, validate
+from train.resume import set_aside
 
 # runs a command line with the module that another part owns replaced, and prints its call
 _STUBBED = """
@@ -95,27 +95,25 @@ def test_pretrain_runs_the_checked_configuration(tmp_path: Path) -> None:
     assert done.returncode == 7
 
 
-def test_fresh_sets_the_old_run_aside_once(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    path = write(tmp_path, small(run_dir=str(run)))
+def test_a_requeued_job_is_not_fresh_again(tmp_path: Path) -> None:
+    path = write(tmp_path, small(run_dir=str(tmp_path / "run")))
     code = _STUBBED.format(name="train.pretrain")
-    run.mkdir()
-    (run / "log").write_text("old")
 
-    other_rank = longhaul("pretrain", path, "--fresh", code=code, RANK="1", WORLD_SIZE="2")
-    assert other_rank.stdout == "small [('fresh', True)]\n"
-    assert (run / "log").exists(), "only rank 0 moves it"
+    first = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="0")
+    assert first.stdout == "small [('fresh', True)]\n"
 
     restarted = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="1")
     assert restarted.stdout == "small [('fresh', False)]\n"
-    assert (run / "log").exists(), "a requeued job goes on"
 
-    done = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="0")
-    assert done.stdout.splitlines()[1] == "small [('fresh', True)]"
-    assert not run.exists()
-    (aside,) = tmp_path.glob("run.2*")
-    assert str(aside) in done.stdout
-    assert (aside / "log").read_text() == "old"
+
+def test_fresh_leaves_the_old_run_in_place_when_something_is_wrong(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log").write_text("old")
+    raw = small(run_dir=str(run), data__train=str(tmp_path / "nothing"))
+    done = longhaul("pretrain", write(tmp_path, raw), "--fresh")
+    assert done.returncode == 2
+    assert (run / "log").read_text() == "old"
 
 
 def test_setting_aside_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

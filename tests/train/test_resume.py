@@ -274,7 +274,9 @@ def test_under_torchrun_a_signal_to_the_ranks_ends_all_well(
         attempt.wait_for_rows(2)
         attempt.signal_ranks(number)
         assert attempt.wait() == 0, attempt.text()
-        assert "continue with: torchrun --no-python --nproc-per-node 2" in attempt.text()
+        assert (
+            "continue with: torchrun --standalone --no-python --nproc-per-node 2" in attempt.text()
+        )
     done = len(read_rows(tmp_path / "run"))
     assert checkpoint_names(tmp_path / "run") == ["latest", f"step-{done:08d}"]
     assert not (tmp_path / "run/DONE").exists()
