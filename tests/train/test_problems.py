@@ -93,7 +93,7 @@ def test_a_memory_is_chosen_by_name() -> None:
         "name": "fam",
         "slots": 8,
         "window": 0,
-        "state": "paper",
+        "state": "norm",
         "beta": 2.0,
         "query_position": "current",
         "random_state_passing": 0.0,

@@ -38,6 +38,20 @@ FAM = {"name": "fam", "slots": 64}
             "model.ffn_size: 129 is not a multiple of parallel.tp = 2; use 128 or 130",
         ),
         (
+            {
+                "parallel__tp": 3,
+                "model__num_heads": 6,
+                "model__num_kv_heads": 3,
+                "model__ffn_size": 129,
+                "model__hidden_size": 96,
+                "data__segment_len": 96,
+                "data__sample_len": 192,
+            },
+            None,
+            "parallel.tp: 3 does not divide 64, which the vocabulary is padded to a multiple of;"
+            " use 2 or 4",
+        ),
+        (
             {"model__head_dim": 15},
             None,
             "model.head_dim: 15 is odd, but rotary embedding turns pairs; use 16",
