@@ -366,16 +366,21 @@ def test_a_second_tracker_on_a_folder_is_refused_until_the_first_closes(
 def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path, no_shipper: None) -> None:
     tracker = open_tracker(tmp_path)
     stay, leave = os.pipe()
+    forked, ready = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(leave)
+        os.write(ready, b".")  # what is registered to run after a fork has run by now
         os.read(stay, 1)
         os._exit(0)
-    tracker.close()
-    open_tracker(tmp_path).close()
-    os.close(leave)
-    os.waitpid(child, 0)
-    os.close(stay)
+    try:
+        os.read(forked, 1)
+        tracker.close()
+        open_tracker(tmp_path).close()
+    finally:
+        for end in (leave, stay, forked, ready):
+            os.close(end)
+        os.waitpid(child, 0)
 
 
 def test_a_shipper_that_dies_is_started_again(
