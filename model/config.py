@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 VOCAB_MULTIPLE = 64
@@ -37,7 +38,147 @@ class FamMemory:
     name: Literal["fam"] = "fam"
 
 
-MemoryConfig = NoMemory | WindowMemory | FamMemory
+@dataclass(frozen=True)
+class InfiniMemory:
+    """Infini-attention (Munkhdalai et al. 2024): a matrix a head, read beside attention."""
+
+    rule: Literal["linear", "delta"] = "linear"
+    gate_init: float = 0.0
+    gate_lr: float = 10.0
+    window: int = 0
+    name: Literal["infini"] = "infini"
+
+
+@dataclass(frozen=True)
+class AbcMemory:
+    """Attention with bounded-memory control (Peng et al. 2022): `slots` running means a head."""
+
+    slots: int = 64
+    window: int = 0
+    name: Literal["abc"] = "abc"
+
+
+@dataclass(frozen=True)
+class CmabMemory:
+    """Constant memory (Feng et al. 2023): learned latents that read all past segments."""
+
+    latents: int = 64
+    window: int = 0
+    name: Literal["cmab"] = "cmab"
+
+
+@dataclass(frozen=True)
+class RmtMemory:
+    """Recurrent Memory Transformer (Bulatov et al. 2022): rows from the top back to the bottom."""
+
+    slots: int = 16
+    mask: Literal["paper", "causal"] = "paper"
+    state: Literal["paper", "norm", "latch"] = "paper"
+    beta: float = 2.0
+    offset: bool = False
+    window: int = 0
+    name: Literal["rmt"] = "rmt"
+
+
+@dataclass(frozen=True)
+class ArmtMemory:
+    """Associative RMT (Rodkin et al. 2024): memory rows write a matrix in every layer."""
+
+    slots: int = 16
+    key_dim: int = 64
+    window: int = 0
+    name: Literal["armt"] = "armt"
+
+
+@dataclass(frozen=True)
+class HmtMemory:
+    """Hierarchical Memory Transformer (He et al. 2024): a bank of memories, searched by summary."""
+
+    bank: int = 300
+    sensory: int = 32
+    search_dim: int = 64
+    search_from: int = 0
+    summary: Literal["half", "whole"] = "half"
+    window: int = 0
+    name: Literal["hmt"] = "hmt"
+
+
+@dataclass(frozen=True)
+class LandmarkMemory:
+    """Landmark attention (Mohtashami & Jaggi 2023): blocks gated by the token that closes them."""
+
+    block: int = 64
+    window: int = 0
+    retrieve: int = 0
+    granularity: Literal["token_and_head", "heads", "tokens"] = "token_and_head"
+    name: Literal["landmark"] = "landmark"
+
+
+PartConfig = FamMemory | InfiniMemory | AbcMemory | CmabMemory
+"""Memories that live inside a layer and add to its attention: any of them compose."""
+
+
+@dataclass(frozen=True)
+class ComposedMemory:
+    """Several memories side by side in each layer, with one window; see compose."""
+
+    parts: tuple[PartConfig, ...]
+    window: int = 0
+    name: Literal["composed"] = "composed"
+
+
+MemoryConfig = (
+    NoMemory
+    | WindowMemory
+    | PartConfig
+    | RmtMemory
+    | ArmtMemory
+    | HmtMemory
+    | LandmarkMemory
+    | ComposedMemory
+)
+
+
+def compose(memories: Items[MemoryConfig]) -> MemoryConfig:
+    """Return one memory that is all of these; ValueError where that has no meaning.
+
+    A window joins any memory: tokens read its keys too. Memories inside a layer join one another:
+    each adds keys or a read to the layer's attention.
+    """
+    names = [memory.name for memory in memories]
+    doubled = {name for name in names if names.count(name) > 1}
+    if not memories or doubled or "none" in names and len(names) > 1:
+        why = f"{sorted(doubled)[0]} is named twice" if doubled else "none joins no other memory"
+        raise ValueError(f"memory {names}: {why if memories else 'is empty'}; name each memory once")
+    rest = [memory for memory in memories if not isinstance(memory, WindowMemory)]
+    if len(rest) > 1:
+        for memory in rest:
+            if not isinstance(memory, PartConfig):
+                raise ValueError(f"memory {names}: {ALONE[memory.name]}; name it alone or with window")
+    if len(rest) == len(names):
+        window = max(getattr(memory, "window", 0) for memory in rest)
+    else:
+        window = next(memory.segments for memory in memories if isinstance(memory, WindowMemory))
+        for memory in rest:
+            if getattr(memory, "window", 0):
+                raise ValueError(
+                    f"memory {names}: {memory.name}.window is set beside window.segments; set one"
+                )
+    if not rest:
+        return memories[0]
+    if len(rest) == 1:
+        return replace(rest[0], window=window) if window else rest[0]
+    parts = tuple(memory for memory in rest if isinstance(memory, PartConfig))
+    return ComposedMemory(tuple(replace(part, window=0) for part in parts), window)
+
+
+ALONE = {
+    "rmt": "rmt carries rows from the top of the stack to its bottom, past every layer's memory",
+    "armt": "armt adds its memory before a layer's attention, where other memories have no part",
+    "hmt": "hmt carries rows from the top of the stack to its bottom, past every layer's memory",
+    "landmark": "landmark gates every past key itself, and other memories' keys have no landmark",
+}
+"""Why these compose with a window only."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +216,9 @@ class ModelConfig:
     @property
     def window(self) -> int:
         """Previous segments whose keys a token also reads."""
-        match self.memory:
-            case WindowMemory(segments=segments):
-                return segments
-            case FamMemory(window=window):
-                return window
-            case _:
-                return 0
+        if isinstance(self.memory, WindowMemory):
+            return self.memory.segments
+        return getattr(self.memory, "window", 0)
 
 
 @dataclass(frozen=True)

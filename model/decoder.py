@@ -18,8 +18,11 @@ from model.interfaces import Linears, Segments, Sequence
 from model.layers import QKV, RMSNorm, SwiGLU
 from model.local import FoldedSequence, LocalLinears
 from model.loss import chunked_loss
-from model.memory import MEMORIES
-from model.memory.base import Initial, Mixer, State
+from model.memory import MEMORIES, Memory
+from model.memory.base import Carried, Initial, Projected, State
+from model.memory.frame import Rows
+from model.memory.in_turn import InTurn
+from model.memory.mixer import Mixer
 from model.rope import rope_tables
 
 
@@ -32,9 +35,10 @@ class Block(nn.Module):
         super().__init__()
         self.selective = compute.checkpointing == "selective"
         self.hidden_size, self.head_dim = config.hidden_size, config.head_dim
+        self.num_heads = config.num_heads // linears.size
         self.num_kv_heads = config.num_kv_heads // linears.size
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.qkv = QKV(config, linears)
+        self.qkv = QKV(config, linears, mixer.extra)
         self.output = linears.row(config.num_heads * config.head_dim, config.hidden_size)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLU(config, linears, compute.ffn_chunk)
@@ -43,21 +47,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        rows: Rows | None = None,
         segments: Segments | None = None,
         state: State = None,
         initial: Initial = None,
     ) -> Any:
-        """Return (rows, state after) of token rows x; without segments, memory rows x alone."""
+        """Return (token rows, memory rows, state after); without segments, memory rows x alone."""
         if segments is None:
             return self.mixer.alone(self, x)
-        return self.mixer.mix(self, x, segments, state, initial)
+        return self.mixer.mix(self, x, rows, segments, state, initial)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [all rows, H, K], k and v [all rows, Hkv, K] of rows x, not rotated."""
-        result: tuple[Tensor, Tensor, Tensor] = self._cheaply(
-            lambda x: self.qkv(self.attention_norm(x)), x
-        )
-        return result
+    def project(self, x: Tensor) -> Projected:
+        """Return queries, keys and values of rows x, not rotated."""
+        return Projected(*self._cheaply(lambda x: self.qkv(self.attention_norm(x)), x))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the block's output: rows x, attended [all rows, H, K] -> [rows, D]."""
@@ -130,11 +132,7 @@ class Output(NamedTuple):
 
     loss: Tensor  # 0-dim: sum over this rank's targets of -log p, times scale
     token_losses: Tensor  # [B, N, S] float32, 0 where the label is IGNORE
-    state: list[State]  # after the last segment, one a layer
-
-
-def _instead(given: Tensor, own: Tensor) -> Tensor:
-    return given + 0 * own if given.is_floating_point() else given
+    state: Carried  # after the last segment
 
 
 class Decoder(nn.Module):
@@ -152,10 +150,10 @@ class Decoder(nn.Module):
         self.config, self.compute = config, compute or ComputeConfig()
         self.sequence: Sequence = sequence or FoldedSequence()
         self.linears: Linears = linears or LocalLinears()
-        self.memory = MEMORIES[config.memory.name](config)
+        self.memory: Memory = MEMORIES[config.memory.name](config)
         self.embedding = self.linears.embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, self.linears, self.compute, self.memory.mixer())
+            Block(config, self.linears, self.compute, self.memory.mixer(config, self.linears))
             for _ in range(config.num_layers)
         )
         self.head = Head(config, self.linears, self.compute)
@@ -164,67 +162,156 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         starts: Tensor,
-        state: list[State] | None = None,
+        state: Carried | None = None,
         *,
         labels: Tensor | None = None,
         scale: Tensor | None = None,
         passed: list[Initial] | None = None,
+        step: int | None = None,
+        weights: Tensor | None = None,
     ) -> Any:
         """Return an Output; without labels (logits [B, N, S, V], state).
 
         tokens, labels [B, N, S] int64, this rank's slice of each segment; starts [B, N] bool: a
         document begins there; state: None for streams that have read nothing; scale 0-dim:
         1 / the global number of targets; passed: what documents begin with instead of the
-        memory's own start (random state passing).
+        memory's own start (random state passing); step: of training, for memories that train in
+        stages (None: the last one); weights [B, N]: the log of how many segments like it each
+        segment stands for in what memories write (None: 1 each).
         """
-        segments = self.segments(tokens, starts, state)
+        segments = self.segments(tokens, starts, fresh=state is None, weights=weights)
+        before = state or self.empty(segments)
+        if isinstance(self.memory, InTurn):
+            x, after = self._in_turn(self.memory, tokens, segments, before, step)
+        else:
+            x, _, layers = self.through(self.embed(tokens), None, segments, before.layers, passed)
+            after = Carried(layers, [])
+        tied = self.embedding.weight if self.config.tie_embeddings else None
+        if labels is None:
+            logits = self.head(x, None, None, tied)
+            return self._in_order(logits, tokens.shape), after
+        loss, token_losses = self.head(x, self._as_rows(labels), scale, tied)
+        return Output(loss, self._in_order(token_losses, tokens.shape), after)
+
+    def _in_turn(
+        self,
+        memory: InTurn,
+        tokens: Tensor,
+        segments: Segments,
+        state: Carried,
+        step: int | None,
+    ) -> tuple[Tensor, Carried]:
+        """Run segment after segment through the whole stack; return rows, by segment, and state."""
+        layers, stack, found = state.layers, state.stack, []
+        prepared = memory.prepare(self, tokens, segments, step)
+        for n in range(segments.num_segments):
+            one = segments._replace(
+                num_segments=1,
+                starts=segments.starts[:, n : n + 1],
+                cos=segments.cos[: segments.window + 1],
+                sin=segments.sin[: segments.window + 1],
+            )
+            rows, rest = memory.open(self, one, 0, stack, prepared[n])
+            x, rows_after, layers = self.through(self.embed(tokens[:, n]), rows, one, layers)
+            assert rows_after is not None
+            stack = memory.close(self, one, rows_after, rest)
+            found.append(x)
+        return torch.cat(found), Carried(layers, stack)
+
+    def through(
+        self,
+        x: Tensor,
+        rows: Rows | None,
+        segments: Segments,
+        layers: list[State] | None,
+        passed: list[Initial] | None = None,
+    ) -> tuple[Tensor, Rows | None, list[State]]:
+        """Return rows of tokens and of memory after all blocks, and the layers' states."""
         blocks = self.layers()
         initial = self.memory.initial(blocks, self.linears)
         if passed is not None:
             # The learned start stays in the graph (times 0): every parameter has a gradient.
-            initial = [
-                type(own)(*(_instead(given, mine) for given, mine in zip(new, own, strict=True)))
-                for new, own in zip(passed, initial, strict=True)
-            ]
-        x = self.embedding(tokens.flatten())
-        before = state or [block.mixer.empty(block, segments, x) for block in blocks]
+            initial = _instead(passed, initial)
+        if layers is None:
+            layers = [block.mixer.empty(block, segments, x) for block in blocks]
         after: list[State] = []
-        for block, old, begin in zip(blocks, before, initial, strict=True):
-            x, new = self._run(block, x, segments, old, begin)
+        for block, old, begin in zip(blocks, layers, initial, strict=True):
+            x, rows, new = self._run(block, x, rows, segments, old, begin)
             after.append(new)
-        tied = self.embedding.weight if self.config.tie_embeddings else None
-        if labels is None:
-            return self.head(x, None, None, tied).unflatten(0, tokens.shape), after
-        loss, token_losses = self.head(x, labels.flatten(), scale, tied)
-        return Output(loss, token_losses.unflatten(0, tokens.shape), after)
+        return x, rows, after
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return embeddings [rows, D] of tokens of any shape, scattered."""
+        rows: Tensor = self.embedding(tokens.flatten())
+        return rows
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """Return rows [rows, D] after the final norm."""
+        result: Tensor = self.head.norm(rows)
+        return result
 
     def layers(self) -> list[Block]:
         """Return the blocks, bottom first."""
         return [block for block in self.blocks if isinstance(block, Block)]
+
+    def empty(self, segments: Segments) -> Carried:
+        """Return the state of streams that have read nothing."""
+        like = next(self.parameters())
+        layers = [block.mixer.empty(block, segments, like) for block in self.layers()]
+        stack = []
+        if isinstance(self.memory, InTurn):
+            stack = self.memory.empty(segments.batch, like)
+        return Carried(layers, stack)
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.compute.checkpointing == "block" and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def segments(self, tokens: Tensor, starts: Tensor, state: list[State] | None) -> Segments:
-        """Return what the layers know of these segments."""
+    def _as_rows(self, x: Tensor) -> Tensor:
+        """[B, N, S] -> in the order in which the head gathers rows.
+
+        Memories that go in turn scatter each segment's rows by themselves.
+        """
+        if not self.memory.in_turn:
+            return x.flatten()
+        ranks = self.linears.scattered
+        return x.transpose(0, 1).reshape(x.shape[1], ranks, -1).transpose(0, 1).flatten()
+
+    def _in_order(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """[all rows, ...] -> [B, N, S, ...]: the inverse of _as_rows."""
+        if not self.memory.in_turn:
+            return x.unflatten(0, shape)
+        batch, count, length = shape
+        by_rank = x.unflatten(0, (self.linears.scattered, count, -1))
+        by_segment = by_rank.transpose(0, 1).flatten(1, 2)
+        return by_segment.unflatten(1, (batch, length)).transpose(0, 1)
+
+    def segments(
+        self, tokens: Tensor, starts: Tensor, *, fresh: bool, weights: Tensor | None = None
+    ) -> Segments:
+        """Return what the layers know of these segments; fresh: the streams have read nothing."""
         batch, count, length = tokens.shape
-        if state is None:
+        if fresh:
             starts = torch.cat((torch.ones_like(starts[:, :1]), starts[:, 1:]), 1)
         segment_len, window = length * self.sequence.size, self.config.window
-        like = next(self.parameters())
-
-        def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
-            return rope_tables(positions, self.config.head_dim, self.config.rope_base, like)
-
+        rope = functools.partial(
+            rope_tables,
+            head_dim=self.config.head_dim,
+            base=self.config.rope_base,
+            like=next(self.parameters()),
+        )
         first = torch.arange(window + count).unsqueeze(1) * segment_len
-        cos, sin = tables(first + self.sequence.positions(segment_len))
-        slot_cos = slot_sin = None
-        if slots := self.memory.slots:
-            ends = torch.arange(window, window + count + 1).unsqueeze(1) * segment_len
-            slot_cos, slot_sin = tables(ends + torch.arange(-slots, 0))
+        cos, sin = rope(first + self.sequence.positions(segment_len))
         return Segments(
-            batch, count, length, segment_len, starts, cos, sin, slot_cos, slot_sin,
+            batch, count, length, segment_len, starts, weights, window, cos, sin, rope,
             self.sequence, self.linears,
         )  # fmt: skip
+
+
+def _instead(given: Any, own: Any) -> Any:
+    """Return given, shaped as own, with own in its graph."""
+    if isinstance(own, Tensor):
+        return given + 0 * own if own.is_floating_point() else given
+    parts = [_instead(*pair) for pair in zip(given, own, strict=True)]
+    return parts if isinstance(own, list) else type(own)(*parts)

@@ -38,6 +38,10 @@ def initialise(
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
+            value = getattr(parameter, "initial_value", None)  # layers.starts_at
+            if value is not None:
+                parameter.fill_(value)
+                continue
             whole = initial_value(name, shape(parameter), config, seed, parameter.device)
             parameter.copy_(take(parameter, whole))
 

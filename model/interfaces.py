@@ -7,19 +7,24 @@ the parallel package for many; the model cannot tell which it got.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from model.fold import Piece
+from model.kernels import Kernel
+
 
 class Sequence(Protocol):
-    """A segment's tokens, wherever they live."""
+    """A segment's tokens, wherever they live. What it returns of memory rows every rank holds."""
 
     rank: int
     size: int
 
     def positions(self, segment_len: int) -> Tensor:
-        """Return the places in the segment of this rank's tokens: [S / size] int64, CPU."""
+        """Return the places in the segment of this rank's tokens, rising: [S / size] int64, CPU."""
         ...
 
     def fold(
@@ -28,16 +33,30 @@ class Sequence(Protocol):
         k: Tensor,
         v: Tensor,
         *,
-        slots: tuple[Tensor, Tensor] | None = None,
+        pieces: Items[Piece] = (),
         visible: Tensor | None = None,
+        kernel: Kernel | None = None,
     ) -> Tensor:
-        """Return token attention over segment, past segments and slots; see attention.fold."""
+        """Return token attention over segment, past segments and pieces; see fold.fold."""
         ...
 
-    def fold_slots(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slots: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Return slot attention over a whole segment and the slots; see attention.fold_slots."""
+    def fold_slots(self, q: Tensor, k: Tensor, v: Tensor, *, pieces: Items[Piece]) -> Tensor:
+        """Return the attention of rows over a whole segment and pieces; see fold.fold_slots."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' x; its gradient is summed likewise."""
+        ...
+
+    def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ranks' (out, lse) merged; see fold.combine."""
+        ...
+
+    def first_half(self) -> Sequence:
+        """Return the sequence of the segment's first half: the first half of every rank's slice.
+
+        Raises ValueError where that is not what the ranks hold.
+        """
         ...
 
 
@@ -49,6 +68,8 @@ class Linears(Protocol):
     """
 
     size: int
+    scattered: int  # ranks that rows are scattered over: size with sequence parallelism, else 1
+    rank: int  # this one of them
 
     def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
         """Return a map whose output features are split: [rows, in] -> [all rows, out / size].
@@ -77,6 +98,17 @@ class Linears(Protocol):
         """Return all rows of x for every rank to hold; the inverse of scatter."""
         ...
 
+    def share(self, x: Tensor) -> Tensor:
+        """Return all rows of x for each rank to use with its own rows of tokens.
+
+        Like gather, but the gradient is summed over the ranks that rows are scattered over.
+        """
+        ...
+
+    def per_head(self, *shape: int) -> nn.Parameter:
+        """Return a parameter whose first dimension, one entry a head, is split over the ranks."""
+        ...
+
     def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
         """Return -log p(label): logits [rows, V / size], labels [rows] -> [rows] float32.
 
@@ -93,9 +125,10 @@ class Segments(NamedTuple):
     length: int  # S, tokens of a segment on this rank
     segment_len: int  # tokens of a segment over all ranks
     starts: Tensor  # [B, N] bool: a document begins with this segment; memory resets before it
+    weights: Tensor | None  # [B, N] float32: log of how many segments like it each stands for
+    window: int  # M, segments before whose keys tokens read
     cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first
     sin: Tensor
-    slot_cos: Tensor | None  # [N + 1, F, K / 2]: of the slots as segment n reads them; [n + 1] as
-    slot_sin: Tensor | None  # the update at segment n asks with them (query_position=current)
+    rope: Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of other positions, same origin
     sequence: Sequence
     linears: Linears

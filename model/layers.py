@@ -21,6 +21,12 @@ def scattered(parameter: nn.Parameter) -> nn.Parameter:
     return parameter
 
 
+def starts_at(parameter: nn.Parameter, value: float) -> nn.Parameter:
+    """Mark a parameter that begins with one value; see init.initialise."""
+    parameter.initial_value = value  # type: ignore[attr-defined]
+    return parameter
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019)."""
 
@@ -41,23 +47,27 @@ def normalise(x: Tensor, eps: float) -> Tensor:
 
 
 class QKV(nn.Module):
-    """Queries, keys and values in one map.
+    """Queries, keys and values in one map, and what a memory wants beside them.
 
-    Rows of the weight are grouped by key-value head, [q_1 .. q_g, k, v] of each in turn: a plain
-    cut of the rows keeps each group on one tensor-parallel rank.
+    Rows of the weight are grouped by key-value head, [q_1 .. q_g, k, v, extra] of each in turn: a
+    plain cut of the rows keeps each group on one tensor-parallel rank.
     """
 
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    def __init__(self, config: ModelConfig, linears: Linears, extra: int = 0) -> None:
         super().__init__()
-        self.group, self.head_dim = config.num_heads // config.num_kv_heads, config.head_dim
-        features = config.num_kv_heads * (self.group + 2) * config.head_dim
-        self.linear = linears.column(config.hidden_size, features)
+        self.num_kv_heads, self.head_dim = config.num_kv_heads // linears.size, config.head_dim
+        group = config.num_heads // config.num_kv_heads
+        self.split = (group * config.head_dim, config.head_dim, config.head_dim, extra)
+        self.linear = linears.column(config.hidden_size, config.num_kv_heads * sum(self.split))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """X [rows, D] -> q [all rows, H, K], k and v [all rows, Hkv, K]; heads of this rank."""
-        heads = self.linear(x).unflatten(-1, (-1, self.group + 2, self.head_dim))
-        q, k, v = heads.split((self.group, 1, 1), dim=-2)
-        return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """X [rows, D] -> q [all rows, H, K], k and v [all rows, Hkv, K], extra [all rows, Hkv, E].
+
+        Heads are this rank's.
+        """
+        heads = self.linear(x).unflatten(-1, (self.num_kv_heads, -1))
+        q, k, v, extra = heads.split(self.split, dim=-1)
+        return q.unflatten(-1, (-1, self.head_dim)).flatten(-3, -2), k, v, extra
 
 
 class SwiGLU(nn.Module):

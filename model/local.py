@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.attention import Alone, Exchange, Layout, Whole, fold, fold_slots
+from model.attention import Alone, Exchange, Layout, Whole
+from model.fold import Piece, combine, fold, fold_slots, total
+from model.kernels import Kernel
 
 
 class FoldedSequence:
@@ -27,25 +31,45 @@ class FoldedSequence:
         k: Tensor,
         v: Tensor,
         *,
-        slots: tuple[Tensor, Tensor] | None = None,
+        pieces: Items[Piece] = (),
         visible: Tensor | None = None,
+        kernel: Kernel | None = None,
     ) -> Tensor:
-        """Return token attention; see attention.fold."""
+        """Return token attention; see fold.fold."""
         return fold(
-            q, k, v, slots=slots, visible=visible, layout=self.layout, exchange=self.exchange
-        )
+            q, k, v, pieces=pieces, visible=visible, kernel=kernel,
+            layout=self.layout, exchange=self.exchange,
+        )  # fmt: skip
 
-    def fold_slots(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slots: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Return slot attention; see attention.fold_slots."""
-        return fold_slots(q, k, v, slots=slots, exchange=self.exchange)
+    def fold_slots(self, q: Tensor, k: Tensor, v: Tensor, *, pieces: Items[Piece]) -> Tensor:
+        """Return the attention of rows; see fold.fold_slots."""
+        return fold_slots(q, k, v, pieces=pieces, layout=self.layout, exchange=self.exchange)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum over the ranks."""
+        return total(x, self.exchange) if self.size > 1 else x
+
+    def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the merge over the ranks."""
+        return combine(out, lse, self.exchange) if self.size > 1 else (out, lse)
+
+    def first_half(self) -> FoldedSequence:
+        """Return the sequence of the first half."""
+        layout = self.layout.first_half()
+        if layout is None:
+            raise ValueError(
+                "the first half of a segment does not lie evenly on its ranks; use"
+                " parallel.layout=zigzag"
+            )
+        return FoldedSequence(layout, self.exchange)
 
 
 class LocalLinears:
     """`Linears` with every weight whole on this device."""
 
     size = 1
+    scattered = 1
+    rank = 0
 
     def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
         """Return a linear map without bias."""
@@ -70,6 +94,14 @@ class LocalLinears:
     def gather(self, x: Tensor) -> Tensor:
         """Return x."""
         return x
+
+    def share(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def per_head(self, *shape: int) -> nn.Parameter:
+        """Return an empty parameter."""
+        return nn.Parameter(torch.empty(shape))
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
         """Return -log p(label), [rows] float32; columns from vocab_size on do not count."""

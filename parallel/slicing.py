@@ -28,6 +28,10 @@ class Zigzag:
         early, late = rank * chunk, (2 * self.size - 1 - rank) * chunk
         return torch.cat((torch.arange(early, early + chunk), torch.arange(late, late + chunk)))
 
+    def first_half(self) -> Layout:
+        """Return where the early chunks lie in the first half: one after the other."""
+        return Contiguous(self.size)
+
     def spans(self, query_rank: int, key_rank: int, length: int) -> list[Span]:
         """Return the reads: half a block pair from every rank, so balanced.
 

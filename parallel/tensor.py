@@ -47,6 +47,7 @@ class MegatronLinears:
     def __init__(self, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
         self.size, self.rank = mesh.tp, mesh.tp_rank
         self.sequence_parallel = sequence_parallel and mesh.tp > 1
+        self.scattered = mesh.tp if self.sequence_parallel else 1
         self.config = ModelParallelConfig(
             tensor_model_parallel_size=mesh.tp,
             context_parallel_size=mesh.cp,
@@ -115,6 +116,19 @@ class MegatronLinears:
             return x
         rows: Tensor = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return rows
+
+    def share(self, x: Tensor) -> Tensor:
+        """Return all rows; the gradient is summed over the ranks that rows are scattered over."""
+        if not self.sequence_parallel:
+            return x
+        rows: Tensor = gather_from_sequence_parallel_region(x)
+        return rows
+
+    def per_head(self, *shape: int) -> nn.Parameter:
+        """Return this rank's part of a parameter with one entry a head."""
+        part = nn.Parameter(torch.empty(shape[0] // self.size, *shape[1:], dtype=self.config.params_dtype))
+        set_tensor_model_parallel_attributes(part, True, 0, 1)
+        return part
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
         """Return -log p(label) over the cut vocabulary, [rows] float32."""

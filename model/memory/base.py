@@ -1,15 +1,24 @@
-"""What a memory is to the decoder."""
+"""What a memory is to the decoder.
+
+Two kinds. A *part* lives inside a layer and adds to its attention: keys that tokens read, or a read
+blended with what attention gave; what it carries depends on its own layer only, so all segments of
+a forward pass go through a layer at once (fam, infini, abc, cmab, and the window). A memory that
+goes *in turn* hands rows from segment to segment through the whole stack, so segments go through it
+one by one (rmt, armt, hmt).
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.fold import Piece
 from model.interfaces import Linears, Segments
 
 State = Any
@@ -18,16 +27,36 @@ State = Any
 Initial = Any
 """What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
 
+Opened = Any
+"""What tokens of a segment read of a part: a NamedTuple of tensors, [B, ...], stacked [B, N, ...]."""
+
+
+class Carried(NamedTuple):
+    """Everything a decoder carries from one forward pass to the next."""
+
+    layers: list[State]
+    stack: State  # of the memory as a whole; [] where it has none
+
+
+class Projected(NamedTuple):
+    """The layer's maps of some rows, not rotated; heads of this rank."""
+
+    q: Tensor  # [all rows, H, K]
+    k: Tensor  # [all rows, Hkv, K]
+    v: Tensor
+    extra: Tensor  # [all rows, Hkv, E]: what the layer's memory asked for
+
 
 class Block(Protocol):
     """What a memory uses of the block it lives in: the layer's own weights."""
 
     hidden_size: int
     head_dim: int
-    num_kv_heads: int  # on this rank
+    num_heads: int  # on this rank
+    num_kv_heads: int
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [all rows, H, K], k and v [all rows, Hkv, K] of rows x, not rotated."""
+    def project(self, x: Tensor) -> Projected:
+        """Return queries, keys and values of rows x, not rotated."""
         ...
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -35,8 +64,23 @@ class Block(Protocol):
         ...
 
     def __call__(self, x: Tensor) -> Any:
-        """Return the block's output for memory rows x alone; see Mixer.alone."""
+        """Return the block's output for memory rows x, which read only one another."""
         ...
+
+
+class Tokens(NamedTuple):
+    """A block's queries, and its keys with those of the past before them."""
+
+    q: Tensor  # [B, N, S, H, K], rotated
+    k: Tensor  # [B, M + N, S, Hkv, K], rotated
+    v: Tensor
+    visible: Tensor | None  # [B, N, M] bool
+    raw: Projected  # of the N segments alone: [B, N, S, ...]
+
+    def segment(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return the rotated keys and the values of segment n: [B, S, Hkv, K]."""
+        here = n - self.q.shape[1]
+        return self.k[:, here], self.v[:, here]
 
 
 def detach(state: State) -> State:
@@ -57,7 +101,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 
 def named_tensors(state: State, prefix: str) -> dict[str, Tensor]:
-    """Return the state's tensors by path: `prefix/0/window/k` is the first layer's window keys."""
+    """Return the state's tensors by path: `prefix/layers/0/window/k` is the first layer's keys."""
     if isinstance(state, Tensor):
         return {prefix: state}
     parts = enumerate(state) if isinstance(state, list) else state._asdict().items()
@@ -67,45 +111,75 @@ def named_tensors(state: State, prefix: str) -> dict[str, Tensor]:
     return found
 
 
-class Mixer(nn.Module):
-    """How one block mixes its segments: attention, and what it carries to the next segment."""
+def stack_segments(items: Items[Opened]) -> Opened:
+    """Return one NamedTuple of [B, N, ...] from N of [B, ...]."""
+    return type(items[0])(*(torch.stack(parts, 1) for parts in zip(*items, strict=True)))
 
-    @abstractmethod
-    def mix(
-        self, block: Block, x: Tensor, segments: Segments, state: State, initial: Initial
-    ) -> tuple[Tensor, State]:
-        """Return the block's output rows and the state after the last segment.
 
-        x [rows, D] flat over B, N, S. Only the memory chain may run over n; all else is one call.
-        """
+class Part(nn.Module):
+    """One memory inside one layer."""
+
+    extra = 0  # features it wants of each key head's projection (Projected.extra)
 
     @abstractmethod
     def empty(self, block: Block, segments: Segments, like: Tensor) -> State:
         """Return the state of streams that have read nothing (`like`: device and type)."""
 
-    def alone(self, block: Block, x: Tensor) -> Tensor:
-        """Return the block's output for memory rows without any token; some memories have it."""
-        raise AssertionError(f"{type(self).__name__} has no rows of its own")
+    @abstractmethod
+    def open(
+        self, block: Block, segments: Segments, n: int, state: State, initial: Initial
+    ) -> tuple[Opened, Any]:
+        """Return what tokens of segment n read, and what else `close` needs of it.
+
+        The state is what segment n - 1 left: where n starts a document, it is reset here.
+        """
+
+    @abstractmethod
+    def close(
+        self, block: Block, segments: Segments, n: int, opened: Opened, rest: Any, tokens: Tokens
+    ) -> State:
+        """Return the state after segment n, whose tokens are known now."""
+
+    def chain(
+        self, block: Block, segments: Segments, tokens: Tokens, state: State, initial: Initial
+    ) -> tuple[Opened, State]:
+        """Return what tokens of each segment read, [B, N, ...], and the state after the last.
+
+        One segment after the other; parts that can join all at once do so here.
+        """
+        found = []
+        for n in range(segments.num_segments):
+            opened, rest = self.open(block, segments, n, state, initial)
+            state = self.close(block, segments, n, opened, rest, tokens)
+            found.append(opened)
+        return stack_segments(found), state
+
+    def piece(self, segments: Segments, opened: Opened) -> Piece | None:
+        """Return the keys that tokens read beside their own, if the part has any."""
+        return None
+
+    def blend(self, q: Tensor, opened: Opened, attended: Tensor) -> Tensor:
+        """Return the attention's result with the part's read in it; all [B, N, S, H, K].
+
+        q: the tokens' queries, not rotated.
+        """
+        return attended
 
 
-class Memory(Protocol):
-    """What a whole stack of blocks shares: parameters and the start of a document."""
+class PartMemory(nn.Module):
+    """What one kind of part shares over the layers: parameters and the start of a document."""
 
-    slots: int  # rows a layer carries and tokens read as keys; 0 for none
-
-    def __init__(self, config: ModelConfig) -> None: ...
-
-    def mixer(self) -> Mixer:
+    @abstractmethod
+    def part(self, config: ModelConfig, linears: Linears) -> Part:
         """Return the memory's part in one block."""
-        ...
 
     def initial(self, blocks: Items[Block], linears: Linears) -> list[Initial]:
-        """Return, for each block, what a document begins with."""
-        ...
+        """Return, for each block, what a document begins with; [] where it is nothing."""
+        return [[] for _ in blocks]
 
     def handed_on(self, states: list[State]) -> list[Initial] | None:
         """Return what a document may begin with instead: the first stream's state as it stands.
 
         None where a memory has no random state passing. (TransformerFAM, section 3.4.)
         """
-        ...
+        return None

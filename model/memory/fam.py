@@ -8,9 +8,8 @@ their segment, so the order of time holds to the bit.
 In one layer the queries and keys of tokens do not depend on the layer's slots. So the projections
 of all segments run in one call, then the chain over n on F rows, then all attention in one call.
 
-Three choices for what is carried (`state`): `paper` feeds the block's output back as it is, whose
-norm grows with every segment until nothing new can be written; `norm` puts an RMSNorm with learned
-gain on it; `latch` a gain * tanh(beta * rms-normalised), bounded and with fixed points.
+What is carried (`state`, see carry.Carry): `paper` feeds the block's output back as it is; `norm`
+and `latch` are ours.
 """
 
 from __future__ import annotations
@@ -20,22 +19,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.config import FamMemory, ModelConfig
+from model.fold import Piece
 from model.interfaces import Linears, Segments
-from model.layers import normalise, scattered
-from model.memory.base import Block, Mixer
-from model.memory.window import Tokens, WindowState, empty_window, read_tokens
-from model.rope import rope_tables, rotate
+from model.memory.base import Block, Part, PartMemory, Tokens, stack_segments
+from model.memory.carry import Carry
+from model.rope import rotate
 
 
 class FamState(NamedTuple):
-    """A layer's slots after the last segment, with the window beside them."""
+    """A layer's slots after the last segment."""
 
     slots: Tensor  # [B, F, D], float32 or wider
     fresh: Tensor  # [B] bool: the slots hold the prompt, no text: the first update adds no residual
-    window: WindowState
 
 
 class FamInitial(NamedTuple):
@@ -45,124 +42,140 @@ class FamInitial(NamedTuple):
     fresh: Tensor  # 0-dim bool: False where they come from other text (random state passing)
 
 
-class FamMixer(Mixer):
-    """Attention over slots, window and segment; the feedback chain of one layer."""
+class FamRead(NamedTuple):
+    """What tokens read of the slots, rotated."""
+
+    k: Tensor  # [B, F, Hkv, K]
+    v: Tensor
+
+
+class _Slots(NamedTuple):
+    """The slots as rows [B * F, D], scattered as rows of tokens are, on their way."""
+
+    rows: Tensor
+    fresh: Tensor  # [rows, 1] bool
+    q: Tensor | None = None  # [B, F, H, K]: what they ask the segment
+
+
+class FamPart(Part):
+    """The feedback chain of one layer."""
 
     def __init__(self, config: ModelConfig, memory: FamMemory) -> None:
         super().__init__()
-        self.memory, self.eps, self.rope_base = memory, config.norm_eps, config.rope_base
-        if memory.state != "paper":
-            self.gain = scattered(nn.Parameter(torch.ones(config.hidden_size)))
+        self.memory = memory
+        self.carry = Carry(config.hidden_size, config.norm_eps, memory.state, memory.beta)
 
-    def mix(
-        self, block: Block, x: Tensor, segments: Segments, state: FamState, initial: FamInitial
-    ) -> tuple[Tensor, FamState]:
-        """Return the block's output rows and the state after the last segment."""
-        tokens = read_tokens(block, x, segments, state.window, self.memory.window)
-        slot_keys, slots, fresh = self._chain(block, segments, tokens, state, initial)
-        attended = segments.sequence.fold(
-            tokens.q, tokens.k, tokens.v, slots=slot_keys, visible=tokens.visible
-        )
-        after = FamState(slots, fresh, tokens.state)
-        return block.finish(x, attended.flatten(0, 2)), after
+    def empty(self, block: Block, segments: Segments, like: Tensor) -> FamState:
+        """Return slots that hold nothing yet."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        shape = (segments.batch, self.memory.slots, block.hidden_size)
+        slots = torch.zeros(shape, device=like.device, dtype=wide)
+        return FamState(slots, torch.ones_like(segments.starts[:, 0]))
 
-    def _chain(
+    def open(
+        self, block: Block, segments: Segments, n: int, state: FamState, initial: FamInitial
+    ) -> tuple[FamRead, _Slots]:
+        """Return the keys and values of the slots that segment n - 1 left."""
+        return self._open(block, segments, n, self._scatter(segments, state), initial)
+
+    def close(
+        self,
+        block: Block,
+        segments: Segments,
+        n: int,
+        opened: FamRead,
+        rest: _Slots,
+        tokens: Tokens,
+    ) -> FamState:
+        """Return the slots that have read segment n."""
+        return self._gather(segments, self._close(block, segments, n, opened, rest, tokens))
+
+    def chain(
         self,
         block: Block,
         segments: Segments,
         tokens: Tokens,
         state: FamState,
         initial: FamInitial,
-    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Run the slots through the segments.
-
-        Returns the keys and values that tokens of each segment read, [B, N, F, Hkv, K] each, and
-        the slots [B, F, D] and their freshness [B] after the last segment.
-        """
-        batch, num_slots, linears = segments.batch, self.memory.slots, segments.linears
-
-        def per_row(x: Tensor) -> Tensor:
-            """[B, ...] -> one entry for each of this rank's slot rows."""
-            rows = x.to(torch.float32).unsqueeze(1).expand(-1, num_slots, *x.shape[1:])
-            return linears.scatter(rows.flatten(0, 1)).bool().unsqueeze(-1)
-
-        starts, fresh = per_row(segments.starts), per_row(state.fresh)
-        rows = linears.scatter(state.slots.flatten(0, 1))
-        begin = linears.scatter(initial.slots.expand(batch, -1, -1).flatten(0, 1))
-        keys = []
+    ) -> tuple[FamRead, FamState]:
+        """Open and close segment after segment, the slots scattered all the way."""
+        found, slots = [], self._scatter(segments, state)
         for n in range(segments.num_segments):
-            rows = torch.where(starts[:, n], begin, rows)
-            fresh = torch.where(starts[:, n], initial.fresh, fresh)
-            q, k, v = (part.unflatten(0, (batch, num_slots)) for part in block.project(rows))
-            q, k = self._rotate(q, k, n, segments)
-            here = n + self.memory.window
-            attended = segments.sequence.fold_slots(
-                q, tokens.k[:, here], tokens.v[:, here], slots=(k, v)
-            )
-            residual = torch.where(fresh, 0.0, rows)
-            rows = self._carry(block.finish(residual, attended.flatten(0, 1)))
-            fresh = torch.zeros_like(fresh)
-            keys.append((k, v))
-        slots = linears.gather(rows).unflatten(0, (batch, num_slots))
-        slot_k, slot_v = (torch.stack(parts, 1) for parts in zip(*keys, strict=True))
-        return (slot_k, slot_v), slots, torch.zeros_like(state.fresh)
+            opened, slots = self._open(block, segments, n, slots, initial)
+            slots = self._close(block, segments, n, opened, slots, tokens)
+            found.append(opened)
+        return stack_segments(found), self._gather(segments, slots)
 
-    def _rotate(self, q: Tensor, k: Tensor, n: int, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Place the slots at the end of segment n-1, and their queries there or at the end of n."""
-        assert segments.slot_cos is not None and segments.slot_sin is not None
-        asks = n + 1 if self.memory.query_position == "current" else n
-        cos, sin = segments.slot_cos.unsqueeze(-2), segments.slot_sin.unsqueeze(-2)
-        return rotate(q, cos[asks], sin[asks]), rotate(k, cos[n], sin[n])
+    def piece(self, segments: Segments, opened: FamRead) -> Piece:
+        """Return the slots' keys."""
+        return Piece(opened.k, opened.v)
 
-    def _carry(self, rows: Tensor) -> Tensor:
-        """Return what is fed back of the block's output rows, in their type."""
-        match self.memory.state:
-            case "paper":
-                return rows
-            case "norm":
-                return normalise(rows, self.eps) * self.gain.to(rows.dtype)
-            case "latch":
-                bounded = torch.tanh(self.memory.beta * normalise(rows, self.eps))
-                return bounded * self.gain.to(rows.dtype)
+    def _open(
+        self, block: Block, segments: Segments, n: int, slots: _Slots, initial: FamInitial
+    ) -> tuple[FamRead, _Slots]:
+        batch, count, linears = segments.batch, self.memory.slots, segments.linears
+        starts = self._per_row(segments, segments.starts[:, n])
+        begin = linears.scatter(initial.slots.expand(batch, -1, -1).flatten(0, 1))
+        rows = torch.where(starts, begin, slots.rows)
+        fresh = torch.where(starts, initial.fresh, slots.fresh)
+        q, k, v, _ = (part.unflatten(0, (batch, count)) for part in block.project(rows))
+        here = self._tables(segments, n)
+        asks = self._tables(segments, n + (self.memory.query_position == "current"))
+        return FamRead(rotate(k, *here), v), _Slots(rows, fresh, rotate(q, *asks))
 
-    def empty(self, block: Block, segments: Segments, like: Tensor) -> FamState:
-        """Return slots that hold nothing yet."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        shape = (segments.batch, self.memory.slots, block.hidden_size)
-        return FamState(
-            torch.zeros(shape, device=like.device, dtype=wide),
-            torch.ones_like(segments.starts[:, 0]),
-            empty_window(self.memory.window, segments, block, like),
+    def _close(
+        self,
+        block: Block,
+        segments: Segments,
+        n: int,
+        opened: FamRead,
+        slots: _Slots,
+        tokens: Tokens,
+    ) -> _Slots:
+        assert slots.q is not None
+        attended = segments.sequence.fold_slots(
+            slots.q, *tokens.segment(n), pieces=[Piece(opened.k, opened.v)]
         )
+        residual = torch.where(slots.fresh, 0.0, slots.rows)
+        rows = self.carry(block.finish(residual, attended.flatten(0, 1)))
+        return _Slots(rows, torch.zeros_like(slots.fresh))
 
-    def alone(self, block: Block, x: Tensor) -> Tensor:
-        """Return the block's output for the prompt rows x [rows, D], which read one another."""
-        q, k, v = block.project(x)
-        positions = torch.arange(q.shape[0])
-        cos, sin = rope_tables(positions, block.head_dim, self.rope_base, x)
-        q, k = (rotate(part, cos.unsqueeze(1), sin.unsqueeze(1)) for part in (q, k))
-        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return block.finish(x, out.squeeze(0).transpose(0, 1))
+    def _tables(self, segments: Segments, n: int) -> tuple[Tensor, Tensor]:
+        """Return RoPE of the last F positions before segment n: [F, 1, K / 2] each."""
+        end = (segments.window + n) * segments.segment_len
+        device = segments.starts.device
+        cos, sin = segments.rope(torch.arange(end - self.memory.slots, end, device=device))
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def _per_row(self, segments: Segments, x: Tensor) -> Tensor:
+        """[B] bool -> one entry for each of this rank's slot rows: [rows, 1]."""
+        rows = x.to(torch.float32).repeat_interleave(self.memory.slots)
+        return segments.linears.scatter(rows).bool().unsqueeze(-1)
+
+    def _scatter(self, segments: Segments, state: FamState) -> _Slots:
+        rows = segments.linears.scatter(state.slots.flatten(0, 1))
+        return _Slots(rows, self._per_row(segments, state.fresh))
+
+    def _gather(self, segments: Segments, slots: _Slots) -> FamState:
+        whole = segments.linears.gather(slots.rows).unflatten(0, (segments.batch, -1))
+        return FamState(whole, torch.zeros_like(segments.starts[:, 0]))
 
 
-class Fam(nn.Module):
+class Fam(PartMemory):
     """The prompt whose way through the layers gives each layer its first slots.
 
     The rows run alone, before any token: a layer's first slots are the prompt as that layer gets
     it. (Were they updated by segment 1 on the way, its tokens would see their own future.)
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, memory: FamMemory) -> None:
         super().__init__()
-        assert isinstance(config.memory, FamMemory)
-        self.config, self.memory = config, config.memory
-        self.slots: int = self.memory.slots
-        self.prompt = nn.Parameter(torch.empty(self.slots, config.hidden_size))
+        self.memory = memory
+        self.prompt = nn.Parameter(torch.empty(memory.slots, config.hidden_size))
 
-    def mixer(self) -> Mixer:
-        """Return the block's part."""
-        return FamMixer(self.config, self.memory)
+    def part(self, config: ModelConfig, linears: Linears) -> Part:
+        """Return the chain of one layer."""
+        return FamPart(config, self.memory)
 
     def initial(self, blocks: Items[Block], linears: Linears) -> list[FamInitial]:
         """Return the slots each layer begins a document with."""

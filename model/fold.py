@@ -1,0 +1,314 @@
+"""Attention as a fold of `merge`, written once for one device and for a ring.
+
+The backward of a softmax piece needs only the fold's final (out, lse), so pieces are revisited one
+by one and nothing of size Sq x Sk, and no rotated key, is ever saved (Liu et al. 2023, Ring
+Attention).
+
+Shapes: q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K], the first M segments carried from before;
+keys of a Piece [B, N, F, Hkv, K]: what tokens of segment n read beside their segment.
+
+Gradients follow one rule: what every rank holds whole gets, on each rank, a part whose sum over the
+ranks is the gradient; so the sum over ranks that ZeRO takes of every weight is right for memory and
+tokens alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.attention import Exchange, Layout, Partial, Span, Sum, merge
+from model.kernels import Kernel, choose_kernel
+
+ALL = slice(None)
+
+
+class Piece(NamedTuple):
+    """Keys beside those of tokens, the same on every rank.
+
+    k, v [B, N, F, Hkv, K] for tokens, [B, F, Hkv, K] for rows; visible, of the same leading
+    dimensions: False where the stream must not read them (None: all read them).
+    """
+
+    k: Tensor
+    v: Tensor
+    visible: Tensor | None = None
+    queries: slice = ALL  # the query rows of this rank that read it
+    causal: bool = False  # query i reads keys 0 .. i only; for as many queries as keys
+
+
+class _How(NamedTuple):
+    """What a fold knows beside its tensors."""
+
+    visible: Tensor | None
+    pieces: tuple[tuple[Tensor | None, slice, bool], ...]
+    layout: Layout
+    exchange: Exchange
+    kernel: Kernel | None  # of token keys; None: plain attention
+
+
+class _Reads:
+    """The reads of token keys in one fold: which kernel call reads what, forward and backward."""
+
+    def __init__(self, q: Tensor, k: Tensor, how: _How) -> None:
+        self.count, self.carried = q.shape[1], k.shape[1] - q.shape[1]
+        self.length, self.layout, self.rank = q.shape[2], how.layout, how.exchange.rank
+        self.visible = how.visible
+        self.plain: Kernel = choose_kernel(q)
+        self.kernel = how.kernel or self.plain
+
+    def segments(self, lag: int) -> slice:
+        """Return where, among the M + N segments of keys, those `lag` before each query's are."""
+        return slice(self.carried - lag, self.carried - lag + self.count)
+
+    def pieces(self, source: int) -> list[tuple[int, Span]]:
+        """Return (lag, span) for all that this rank's queries read of rank source's keys."""
+        own = [(0, span) for span in self.layout.spans(self.rank, source, self.length)]
+        return own + [(lag, Span(ALL, ALL, False)) for lag in range(1, self.carried + 1)]
+
+    def hide(self, lse: Tensor, lag: int, value: float) -> Tensor:
+        """Return lse [B*N, H, S], `value` where the segment `lag` before is another document's."""
+        if lag == 0 or self.visible is None:
+            return lse
+        return _hide(lse, self.visible[:, :, lag - 1], value)
+
+
+def _hide(lse: Tensor, visible: Tensor | None, value: float) -> Tensor:
+    """Return lse [B*N, H, S] with `value` where visible [B, N] (or [B]) is False."""
+    return lse if visible is None else lse.masked_fill(~visible.reshape(-1, 1, 1), value)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[B, N, S, H, K] -> [B * N, H, S, K]."""
+    return x.flatten(0, 1).transpose(1, 2)
+
+
+def _heads_last(x: Tensor, batch: int) -> Tensor:
+    """[B * N, H, S, K] -> [B, N, S, H, K]."""
+    result: Tensor = x.transpose(1, 2).unflatten(0, (batch, -1))
+    return result
+
+
+def _has_rows(rows: slice, length: int) -> bool:
+    return len(range(*rows.indices(length))) > 0
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How, *keys: Tensor) -> Tensor:
+        reads = _Reads(q, k, how)
+        queries = _heads_first(q)
+        partial = Partial(queries)
+
+        def step(source: int, k: Tensor, v: Tensor) -> None:
+            for lag, span in reads.pieces(source):
+                segments = reads.segments(lag)
+                out, lse = reads.kernel.forward(
+                    queries[:, :, span.queries],
+                    _heads_first(k[:, segments, span.keys]),
+                    _heads_first(v[:, segments, span.keys]),
+                    span.causal,
+                )
+                partial.add(span.queries, out, reads.hide(lse, lag, float("-inf")))
+
+        how.exchange.visit(k, v, step)
+        for i, (visible, rows, _) in enumerate(how.pieces):
+            if _has_rows(rows, queries.shape[2]):
+                out, lse = reads.plain.forward(
+                    queries[:, :, rows],
+                    _heads_first(keys[2 * i]),
+                    _heads_first(keys[2 * i + 1]),
+                    False,
+                )
+                partial.add(rows, out, _hide(lse, visible, float("-inf")))
+        assert partial.out is not None
+        out = partial.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, partial.lse, *keys)
+        ctx.reads, ctx.how = reads, how
+        return _heads_last(out, q.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *keys = ctx.saved_tensors
+        reads: _Reads = ctx.reads
+        queries, dout = _heads_first(q), _heads_first(dout)
+        dq = Sum(queries)
+
+        def step(source: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            dk, dv = Sum(k), Sum(v)
+            for lag, span in reads.pieces(source):
+                rows, where = span.queries, (ALL, reads.segments(lag), span.keys)
+                grads = reads.kernel.backward(
+                    dout[:, :, rows],
+                    queries[:, :, rows],
+                    _heads_first(k[where]),
+                    _heads_first(v[where]),
+                    out[:, :, rows],
+                    reads.hide(lse, lag, float("inf"))[:, :, rows],
+                    span.causal,
+                )
+                dq.add((ALL, ALL, rows), grads[0])
+                dk.add(where, _heads_last(grads[1], k.shape[0]))
+                dv.add(where, _heads_last(grads[2], k.shape[0]))
+            return dk.result(), dv.result()
+
+        dk, dv = ctx.how.exchange.visit_back(k, v, step)
+        dkeys: list[Tensor] = []
+        for i, (visible, rows, _) in enumerate(ctx.how.pieces):
+            pair = keys[2 * i], keys[2 * i + 1]
+            if not _has_rows(rows, queries.shape[2]):
+                dkeys += [torch.zeros_like(x) for x in pair]
+                continue
+            grads = reads.plain.backward(
+                dout[:, :, rows],
+                queries[:, :, rows],
+                *(_heads_first(x) for x in pair),
+                out[:, :, rows],
+                _hide(lse, visible, float("inf"))[:, :, rows],
+                False,
+            )
+            dq.add((ALL, ALL, rows), grads[0])
+            dkeys += [_heads_last(g, q.shape[0]).to(q.dtype) for g in grads[1:]]
+        dq_home = _heads_last(dq.result().to(q.dtype), q.shape[0])
+        return dq_home, dk.to(k.dtype), dv.to(v.dtype), None, *dkeys
+
+
+def fold(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pieces: Items[Piece] = (),
+    visible: Tensor | None = None,
+    layout: Layout,
+    exchange: Exchange,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """Return causal attention of each segment's tokens over their segment, the past and pieces.
+
+    q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K]; visible [B, N, M] bool: may segment n read
+    segment n - 1 - m (None: all may). S is this rank's slice. kernel: of token keys, where it is
+    not plain softmax. The result has q's shape and type.
+    """
+    how = _How(visible, _marks(pieces), layout, exchange, kernel)
+    keys = _keys(pieces, q.dtype)
+    result: Tensor = _Fold.apply(q, k, v, how, *keys)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _marks(pieces: Items[Piece]) -> tuple[tuple[Tensor | None, slice, bool], ...]:
+    return tuple((piece.visible, piece.queries, piece.causal) for piece in pieces)
+
+
+def _keys(pieces: Items[Piece], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) for piece in pieces for x in (piece.k, piece.v)]
+
+
+class _FoldSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How, *keys: Tensor
+    ) -> Tensor:
+        kernel = choose_kernel(q)
+        queries, *pairs = (x.transpose(1, 2) for x in (q, k, v, *keys))
+        out, lse = how.exchange.combine(*kernel.forward(queries, pairs[0], pairs[1], False))
+        out = out.to(lse.dtype)
+        for i, (visible, _, causal) in enumerate(how.pieces, 1):
+            own, own_lse = kernel.forward(queries, pairs[2 * i], pairs[2 * i + 1], causal)
+            out, lse = merge((out, lse), (own, _hide(own_lse, visible, float("-inf"))))
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, *keys)
+        ctx.how = how
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *keys = ctx.saved_tensors
+        kernel, how = choose_kernel(q), ctx.how
+        queries, *pairs = (x.transpose(1, 2) for x in (q, k, v, *keys))
+        dout = how.exchange.sum(dout.contiguous()).transpose(1, 2)
+        dq, dk, dv = kernel.backward(dout, queries, pairs[0], pairs[1], out, lse, False)
+        # Every rank holds the pieces' keys: each keeps an equal part of their gradient.
+        part, dkeys = 1.0 / how.exchange.size, []
+        for i, (visible, _, causal) in enumerate(how.pieces, 1):
+            hidden = _hide(lse, visible, float("inf"))
+            own = kernel.backward(dout, queries, *pairs[2 * i : 2 * i + 2], out, hidden, causal)
+            dq = dq + own[0] * part
+            dkeys += [g * part for g in own[1:]]
+        return *(g.transpose(1, 2) for g in (dq, dk, dv)), None, *(
+            g.transpose(1, 2) for g in dkeys
+        )
+
+
+def fold_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pieces: Items[Piece],
+    layout: Layout,
+    exchange: Exchange,
+) -> Tensor:
+    """Return attention of replicated queries over a whole segment and the pieces.
+
+    q [B, F, H, K], the same on every rank; k, v [B, S, Hkv, K], this rank's slice of the segment.
+    The result [B, F, H, K] is the same on every rank.
+    """
+    how = _How(None, _marks(pieces), layout, exchange, None)
+    keys = _keys(pieces, q.dtype)
+    result: Tensor = _FoldSlots.apply(q, k, v, how, *keys)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.sum(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.sum(grad.contiguous()), None
+
+
+def total(x: Tensor, exchange: Exchange) -> Tensor:
+    """Return the sum over ranks of each rank's x; every rank then holds it."""
+    result: Tensor = _Total.apply(x, exchange)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, lse: Tensor, exchange: Exchange
+    ) -> tuple[Tensor, Tensor]:
+        joined = exchange.combine(out, lse)
+        ctx.save_for_backward(out, lse, *joined)
+        ctx.exchange = exchange
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, None]:
+        mine, mine_lse, out, lse = ctx.saved_tensors
+        grads = ctx.exchange.sum(torch.cat((dout, dlse.unsqueeze(-1)), -1).contiguous())
+        dout, dlse = grads[..., :-1], grads[..., -1]
+        share = torch.exp(mine_lse - lse)
+        own = (dout * (mine - out)).sum(-1) + dlse
+        return dout * share.unsqueeze(-1), own * share, None
+
+
+def combine(out: Tensor, lse: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Return (out [..., K], lse [...]) merged over the ranks; every rank then holds it.
+
+    Each rank's part must have read something: an lse above -inf.
+    """
+    result: tuple[Tensor, Tensor] = _Combine.apply(out, lse, exchange)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,63 @@
+"""Memories inside the layers: any number of parts side by side, and the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from torch import nn
+
+from model.config import ComposedMemory, ModelConfig, PartConfig
+from model.interfaces import Linears
+from model.kernels import Kernel
+from model.memory.base import Block, Carried, Initial, PartMemory
+from model.memory.fam import Fam
+from model.memory.infini import Infini
+from model.memory.mixer import Mixer
+from model.memory.slots import Abc, Cmab
+
+PARTS: dict[str, type[PartMemory]] = {
+    "fam": Fam,
+    "infini": Infini,
+    "abc": Abc,
+    "cmab": Cmab,
+}
+
+
+class Layered(nn.Module):
+    """None, window, and every memory made of parts: all segments go through a layer at once."""
+
+    in_turn = False
+    kernel: Kernel | None = None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        memory = config.memory
+        parts: tuple[PartConfig, ...] = ()
+        if isinstance(memory, ComposedMemory):
+            parts = memory.parts
+        elif isinstance(memory, PartConfig):
+            parts = (memory,)
+        self.parts = nn.ModuleDict({part.name: PARTS[part.name](config, part) for part in parts})
+
+    def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
+        """Return the memory of one block."""
+        parts = {name: part.part(config, linears) for name, part in self._parts().items()}
+        return Mixer(parts, config.rope_base, self.kernel)
+
+    def initial(self, blocks: Items[Block], linears: Linears) -> list[list[Initial]]:
+        """Return, for each block, what a document begins with in each part."""
+        found = [part.initial(blocks, linears) for part in self._parts().values()]
+        return [[part[i] for part in found] for i in range(len(blocks))]
+
+    def handed_on(self, carried: Carried) -> list[list[Initial]] | None:
+        """Return what a document may begin with instead; see PartMemory.handed_on."""
+        found: list[list[Initial]] = []
+        for index, part in enumerate(self._parts().values()):
+            passed = part.handed_on([layer.parts[index] for layer in carried.layers])
+            found.append([[]] * len(carried.layers) if passed is None else passed)
+        if not any(any(passed) for passed in found):
+            return None
+        return [[part[i] for part in found] for i in range(len(carried.layers))]
+
+    def _parts(self) -> dict[str, PartMemory]:
+        return {name: part for name, part in self.parts.items() if isinstance(part, PartMemory)}
