@@ -98,7 +98,6 @@ class HmtMemory:
     sensory: int = 32
     search_dim: int = 64
     search_from: int = 0
-    summary: Literal["half", "whole"] = "half"
     window: int = 0
     name: Literal["hmt"] = "hmt"
 
@@ -146,30 +145,33 @@ def compose(memories: Items[MemoryConfig]) -> MemoryConfig:
     each adds keys or a read to the layer's attention.
     """
     names = [memory.name for memory in memories]
-    doubled = {name for name in names if names.count(name) > 1}
-    if not memories or doubled or "none" in names and len(names) > 1:
-        why = f"{sorted(doubled)[0]} is named twice" if doubled else "none joins no other memory"
-        raise ValueError(f"memory {names}: {why if memories else 'is empty'}; name each memory once")
-    rest = [memory for memory in memories if not isinstance(memory, WindowMemory)]
-    if len(rest) > 1:
-        for memory in rest:
-            if not isinstance(memory, PartConfig):
-                raise ValueError(f"memory {names}: {ALONE[memory.name]}; name it alone or with window")
-    if len(rest) == len(names):
-        window = max(getattr(memory, "window", 0) for memory in rest)
-    else:
-        window = next(memory.segments for memory in memories if isinstance(memory, WindowMemory))
-        for memory in rest:
-            if getattr(memory, "window", 0):
-                raise ValueError(
-                    f"memory {names}: {memory.name}.window is set beside window.segments; set one"
-                )
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"memory {names}: {why}")
+
+    if not memories:
+        raise refuse("nothing is named; use none")
+    if len(set(names)) < len(names):
+        raise refuse("a memory is named twice; name each once")
+    if "none" in names and len(names) > 1:
+        raise refuse("none joins no other memory; leave it out")
+    windows = [memory.segments for memory in memories if isinstance(memory, WindowMemory)]
+    rest = [memory for memory in memories if not isinstance(memory, WindowMemory | NoMemory)]
     if not rest:
         return memories[0]
+    windows += [memory.window for memory in rest if memory.window]
+    if len(windows) > 1:
+        raise refuse("more than one sets a window; set it once, by window.segments")
+    window = windows[0] if windows else 0
     if len(rest) == 1:
-        return replace(rest[0], window=window) if window else rest[0]
-    parts = tuple(memory for memory in rest if isinstance(memory, PartConfig))
-    return ComposedMemory(tuple(replace(part, window=0) for part in parts), window)
+        return replace(rest[0], window=window)
+    parts = []
+    for memory in rest:
+        if not isinstance(memory, PartConfig):
+            why = ALONE.get(memory.name, "it is made of several already")
+            raise refuse(f"{why}; name {memory.name} alone, or with window")
+        parts.append(replace(memory, window=0))
+    return ComposedMemory(tuple(parts), window)
 
 
 ALONE = {

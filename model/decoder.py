@@ -281,11 +281,13 @@ class Decoder(nn.Module):
     def _in_order(self, x: Tensor, shape: torch.Size) -> Tensor:
         """[all rows, ...] -> [B, N, S, ...]: the inverse of _as_rows."""
         if not self.memory.in_turn:
-            return x.unflatten(0, shape)
+            whole: Tensor = x.unflatten(0, shape)
+            return whole
         batch, count, length = shape
         by_rank = x.unflatten(0, (self.linears.scattered, count, -1))
         by_segment = by_rank.transpose(0, 1).flatten(1, 2)
-        return by_segment.unflatten(1, (batch, length)).transpose(0, 1)
+        ordered: Tensor = by_segment.unflatten(1, (batch, length)).transpose(0, 1)
+        return ordered
 
     def segments(
         self, tokens: Tensor, starts: Tensor, *, fresh: bool, weights: Tensor | None = None

@@ -160,14 +160,15 @@ class _Fold(torch.autograd.Function):
         dk, dv = ctx.how.exchange.visit_back(k, v, step)
         dkeys: list[Tensor] = []
         for i, (visible, rows, _) in enumerate(ctx.how.pieces):
-            pair = keys[2 * i], keys[2 * i + 1]
+            piece_k, piece_v = keys[2 * i], keys[2 * i + 1]
             if not _has_rows(rows, queries.shape[2]):
-                dkeys += [torch.zeros_like(x) for x in pair]
+                dkeys += [torch.zeros_like(piece_k), torch.zeros_like(piece_v)]
                 continue
             grads = reads.plain.backward(
                 dout[:, :, rows],
                 queries[:, :, rows],
-                *(_heads_first(x) for x in pair),
+                _heads_first(piece_k),
+                _heads_first(piece_v),
                 out[:, :, rows],
                 _hide(lse, visible, float("inf"))[:, :, rows],
                 False,
@@ -211,9 +212,7 @@ def _keys(pieces: Items[Piece], dtype: torch.dtype) -> list[Tensor]:
 
 class _FoldSlots(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How, *keys: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How, *keys: Tensor) -> Tensor:
         kernel = choose_kernel(q)
         queries, *pairs = (x.transpose(1, 2) for x in (q, k, v, *keys))
         out, lse = how.exchange.combine(*kernel.forward(queries, pairs[0], pairs[1], False))
@@ -237,13 +236,18 @@ class _FoldSlots(torch.autograd.Function):
         # Every rank holds the pieces' keys: each keeps an equal part of their gradient.
         part, dkeys = 1.0 / how.exchange.size, []
         for i, (visible, _, causal) in enumerate(how.pieces, 1):
-            hidden = _hide(lse, visible, float("inf"))
-            own = kernel.backward(dout, queries, *pairs[2 * i : 2 * i + 2], out, hidden, causal)
+            own = kernel.backward(
+                dout,
+                queries,
+                pairs[2 * i],
+                pairs[2 * i + 1],
+                out,
+                _hide(lse, visible, float("inf")),
+                causal,
+            )
             dq = dq + own[0] * part
             dkeys += [g * part for g in own[1:]]
-        return *(g.transpose(1, 2) for g in (dq, dk, dv)), None, *(
-            g.transpose(1, 2) for g in dkeys
-        )
+        return *(g.transpose(1, 2) for g in (dq, dk, dv)), None, *(g.transpose(1, 2) for g in dkeys)
 
 
 def fold_slots(
@@ -286,9 +290,7 @@ def total(x: Tensor, exchange: Exchange) -> Tensor:
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, lse: Tensor, exchange: Exchange
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, out: Tensor, lse: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
         joined = exchange.combine(out, lse)
         ctx.save_for_backward(out, lse, *joined)
         ctx.exchange = exchange

@@ -14,9 +14,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import (
+    AbcMemory,
+    ArmtMemory,
+    CmabMemory,
+    ComposedMemory,
+    FamMemory,
+    HmtMemory,
+    InfiniMemory,
+    MemoryConfig,
+    ModelConfig,
+    RmtMemory,
+)
 
-RESIDUAL = ("output.weight", "ffn.down.weight")
+RESIDUAL = ("output.weight", "ffn.down.weight", "mixer.value.weight")
 """Endings, inside a block, of maps that end on the residual stream."""
 
 Shape = Callable[[nn.Parameter], torch.Size]
@@ -66,7 +77,27 @@ def count_parameters(config: ModelConfig) -> int:
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     block = d * (heads + 2 * kv_heads) + heads * d + 3 * d * config.ffn_size + 2 * d
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    total = layers * block + embeddings + d
-    if config.memory.name == "fam":
-        total += config.memory.slots * d + (layers * d if config.memory.state != "paper" else 0)
-    return total
+    return layers * block + embeddings + d + _count_memory(config, config.memory)
+
+
+def _count_memory(config: ModelConfig, memory: MemoryConfig) -> int:
+    d, layers = config.hidden_size, config.num_layers
+    match memory:
+        case FamMemory():
+            return memory.slots * d + layers * d * (memory.state != "paper")
+        case InfiniMemory():
+            return layers * config.num_heads
+        case AbcMemory():
+            return layers * d * config.num_kv_heads * memory.slots
+        case CmabMemory():
+            return layers * config.num_kv_heads * memory.latents * config.head_dim
+        case RmtMemory():
+            return memory.slots * d * (1 + memory.offset) + d * (memory.state != "paper")
+        case ArmtMemory():
+            return memory.slots * d + layers * d * (2 * memory.key_dim + d + 1)
+        case HmtMemory():
+            return 2 * d * (1 + memory.search_dim)
+        case ComposedMemory():
+            return sum(_count_memory(config, part) for part in memory.parts)
+        case _:
+            return 0

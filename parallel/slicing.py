@@ -58,6 +58,10 @@ class Contiguous:
         length = segment_len // self.size
         return torch.arange(rank * length, (rank + 1) * length)
 
+    def first_half(self) -> Layout | None:
+        """Return None: the first half lies on the lower half of the ranks alone."""
+        return self if self.size == 1 else None
+
     def spans(self, query_rank: int, key_rank: int, length: int) -> list[Span]:
         """Return the reads: causal at home, all of a lower rank, nothing of a higher one."""
         if key_rank > query_rank:

@@ -126,7 +126,9 @@ class MegatronLinears:
 
     def per_head(self, *shape: int) -> nn.Parameter:
         """Return this rank's part of a parameter with one entry a head."""
-        part = nn.Parameter(torch.empty(shape[0] // self.size, *shape[1:], dtype=self.config.params_dtype))
+        part = nn.Parameter(
+            torch.empty(shape[0] // self.size, *shape[1:], dtype=self.config.params_dtype)
+        )
         set_tensor_model_parallel_attributes(part, True, 0, 1)
         return part
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.streams import IGNORE, Batch
-from model.memory.base import Initial, State, detach, map_tensors
+from model.memory.base import Carried, Initial, detach, map_tensors
 from parallel.mesh import Mesh
 from parallel.slicing import take_slice
 from train.build import Built
@@ -28,7 +28,7 @@ class TrainState:
     step: int = 0  # steps done; their samples are consumed
     skipped: int = 0  # of them, in a row until now, without an update
     updates: int = 0  # of them, with one
-    memory: dict[int, list[State]] = field(default_factory=dict)  # by micro-batch of this rank
+    memory: dict[int, Carried] = field(default_factory=dict)  # by micro-batch of this rank
     passed: list[Initial] | None = None  # what random state passing may begin a document with
 
 
@@ -69,6 +69,7 @@ def train_steps(
                 labels=labels,
                 scale=scale,
                 passed=passed,
+                step=state.step,
             )
             total += output.loss.detach()
             last = number == len(windows) - 1

@@ -8,11 +8,11 @@ far below a percent: norms, RoPE, softmax, the optimizer, the prompt's way throu
 from __future__ import annotations
 
 import time
-from typing import Literal, NamedTuple, assert_never
+from typing import Literal, NamedTuple
 
 import torch
 
-from model.config import FamMemory, ModelConfig, NoMemory, WindowMemory
+from model.config import FamMemory, ModelConfig
 
 FORMULA_NAME = "causal mask-aware, no recomputation"
 
@@ -48,10 +48,8 @@ def forward_flops_per_token(model: ModelConfig, segment_len: int) -> Flops:
     match model.memory:
         case FamMemory():
             slots = model.memory.slots
-        case NoMemory() | WindowMemory():
-            pass
         case _:
-            assert_never(model.memory)
+            pass
     keys = (segment_len + 1) / 2 + model.window * segment_len + slots
     chain = slots / segment_len * (blocks + key * (segment_len + slots))
     head = 2.0 * model.hidden_size * model.vocab_size

@@ -4,9 +4,11 @@ m rows stand behind each segment's tokens. What they are after a layer is writte
 matrix by the delta rule; before the layer, every row of the next segment reads the matrix and adds
 what it finds. The memory of a layer depends on that layer alone.
 
-Keys are DPFP-3 features (Schlag et al. 2021): positive and sparse. The norm z grows only by what is
-new in a key, so writing one twice does not halve what it holds. Queries, keys and values are maps
-of the row normalised: the residual stream's scale grows with depth.
+Keys are DPFP-3 features (Schlag et al. 2021), positive and sparse, of length 1 at most. Two departures from
+the paper, which writes all rows of a segment against the memory before it and divides by a running
+norm: rows are written one after the other (as one triangular solve), so no two similar keys of a
+segment overshoot; then no step lengthens the matrix, and no norm is needed. Queries, keys and
+values are maps of the row normalised: the residual stream's scale grows with depth.
 """
 
 from __future__ import annotations
@@ -29,17 +31,22 @@ ROLLS = 3
 """nu of DPFP: feature i of a key is a product of entries i and i - 1, i - 2, i - 3."""
 
 
-class ArmtState(NamedTuple):
-    """A layer's matrix and norm, float32 or wider."""
+FAINT = 1e-2
+"""Added to a key's squared length: one of hardly any features is a weak key, not one that turns
+round with every rounding."""
 
-    matrix: Tensor  # [B, D, P]
-    norm: Tensor  # [B, P]
+
+class ArmtState(NamedTuple):
+    """A layer's matrix, float32 or wider."""
+
+    matrix: Tensor  # [B, P, D]: features by values
 
 
 def features(x: Tensor) -> Tensor:
-    """Return DPFP features: x [..., d] -> [..., 2 * ROLLS * d]."""
+    """Return DPFP features of length 1 at most: x [..., d] -> [..., 6 d]."""
     both = torch.relu(torch.cat((x, -x), -1))
-    return torch.cat([both * both.roll(j, -1) for j in range(1, ROLLS + 1)], -1)
+    found = torch.cat([both * both.roll(j, -1) for j in range(1, ROLLS + 1)], -1)
+    return found * torch.rsqrt(found.square().sum(-1, keepdim=True) + FAINT)
 
 
 class ArmtMixer(Mixer):
@@ -51,7 +58,7 @@ class ArmtMixer(Mixer):
 
         def map_to(size: int) -> nn.Linear:
             linear = nn.Linear(config.hidden_size, size, bias=False)
-            scattered(linear.weight)
+            linear.weight = scattered(nn.Parameter(linear.weight.detach()))
             return linear
 
         self.query, self.key = map_to(memory.key_dim), map_to(memory.key_dim)
@@ -69,7 +76,8 @@ class ArmtMixer(Mixer):
         """Read, attend, write; for one segment (N = 1)."""
         assert rows is not None
         start = segments.starts[:, 0]
-        memory = ArmtState(*(where_start(start, torch.zeros_like(m), m) for m in state.parts[0]))
+        held = state.parts[0].matrix
+        memory = ArmtState(where_start(start, torch.zeros_like(held), held))
         x = self.read(x, memory, segments.length, segments.linears)
         rows = rows._replace(x=self.read(rows.x, memory, rows.frame.rows, segments.linears))
         x, rows, after = super().mix(block, x, rows, segments, state._replace(parts=[]), [])
@@ -79,51 +87,45 @@ class ArmtMixer(Mixer):
     def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
         """Return a matrix of nothing."""
         wide = torch.promote_types(like.dtype, torch.float32)
-        shape = (segments.batch, block.hidden_size, self.features)
+        shape = (segments.batch, self.features, block.hidden_size)
         matrix = torch.zeros(shape, device=like.device, dtype=wide)
-        state = super().empty(block, segments, like)
-        return state._replace(parts=[ArmtState(matrix, matrix[:, 0])])
+        return super().empty(block, segments, like)._replace(parts=[ArmtState(matrix)])
 
     def read(self, x: Tensor, memory: ArmtState, per_stream: int, linears: Linears) -> Tensor:
         """Return rows x [rows, D] with what each finds added.
 
         A stream has per_stream rows one after the other; this rank may hold a part of them.
         """
-        asked = features(self.query(self._normed(x)).to(memory.norm.dtype))
+        asked = features(self.query(self._normed(x)).to(memory.matrix.dtype))
         if linears.scattered == 1:
-            found = self._find(asked.unflatten(0, (-1, per_stream)), memory).flatten(0, 1)
+            found = (asked.unflatten(0, (-1, per_stream)) @ memory.matrix).flatten(0, 1)
             return x + found.to(x.dtype)
         first, end, parts = linears.rank * len(x), (linears.rank + 1) * len(x), []
         while first < end:  # stream by stream
             stream = first // per_stream
             after = min((stream + 1) * per_stream, end)
             rows = slice(first - linears.rank * len(x), after - linears.rank * len(x))
-            one = ArmtState(*(m[stream : stream + 1] for m in memory))
-            parts.append(self._find(asked[rows].unsqueeze(0), one).squeeze(0))
+            parts.append(asked[rows] @ memory.matrix[stream])
             first = after
         return x + torch.cat(parts).to(x.dtype)
 
     def write(self, rows: Rows, memory: ArmtState, segments: Segments) -> ArmtState:
-        """Return the memory with the rows' keys and values written, the delta rule for all rows."""
+        """Return the memory with the rows written one after the other by the delta rule.
+
+        Row i changes the matrix by phi_i^T u_i, u_i = b_i (v_i - phi_i M_{i-1}), where M_{i-1} has
+        the rows before it: (1 + tril(b phi phi^T, -1)) u = b (v - phi M).
+        """
         x = self._normed(rows.x)
         made = torch.cat((self.key(x), self.value(x), self.strength(x)), -1)
-        wide = segments.linears.share(made).to(memory.norm.dtype)
+        wide = segments.linears.share(made).to(memory.matrix.dtype)
         sizes = (self.key.out_features, self.value.out_features, 1)
         key, value, strength = wide.unflatten(0, (segments.batch, -1)).split(sizes, -1)
-        phi = features(key)  # [B, m, P]
-        held = self._find(phi, memory)
-        known = (phi @ memory.norm.unsqueeze(-1)).squeeze(-1)
-        new = (1 - known / phi.square().sum(-1).clamp(min=1e-6)).clamp(0, 1)
-        change = torch.sigmoid(strength) * (value - held)
-        return ArmtState(
-            memory.matrix + change.transpose(1, 2) @ phi,
-            memory.norm + (new.unsqueeze(-1) * phi).sum(1),
+        phi, b = features(key), torch.sigmoid(strength)
+        earlier = (b * (phi @ phi.transpose(1, 2))).tril(-1)
+        change = torch.linalg.solve_triangular(
+            earlier, b * (value - phi @ memory.matrix), upper=False, unitriangular=True
         )
-
-    def _find(self, phi: Tensor, memory: ArmtState) -> Tensor:
-        """Return the values held under keys: phi [B, rows, P] -> [B, rows, D]."""
-        norm = (phi @ memory.norm.unsqueeze(-1)).clamp(min=1e-6)
-        return (phi @ memory.matrix.transpose(1, 2)) / norm
+        return ArmtState(memory.matrix + phi.transpose(1, 2) @ change)
 
     def _normed(self, x: Tensor) -> Tensor:
         return normalise(x, self.eps).to(self.query.weight.dtype)

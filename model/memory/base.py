@@ -28,7 +28,7 @@ Initial = Any
 """What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
 
 Opened = Any
-"""What tokens of a segment read of a part: a NamedTuple of tensors, [B, ...], stacked [B, N, ...]."""
+"""What tokens read of a part: a NamedTuple of tensors, [B, ...] or, for N segments, [B, N, ...]."""
 
 
 class Carried(NamedTuple):

@@ -26,7 +26,6 @@ from model.config import HmtMemory, ModelConfig
 from model.interfaces import Segments
 from model.memory.frame import Frame, Rows
 from model.memory.in_turn import InTurn, Stack
-from model.memory.scan import where_start
 
 
 class HmtState(NamedTuple):
@@ -114,8 +113,8 @@ class Hmt(InTurn):
 
     def _search(self, summary: Tensor, state: HmtState) -> Tensor:
         """Return the bank's mean as the summary weighs it: [B, D]; 0 of an empty bank."""
-        weights = self.attention(summary, state)
-        return (weights.unsqueeze(1) @ state.bank).squeeze(1)
+        found: Tensor = self.attention(summary, state).unsqueeze(1) @ state.bank
+        return found.squeeze(1)
 
     def attention(self, summary: Tensor, state: HmtState) -> Tensor:
         """Return how much of each memory in the bank is recalled: [B, L]."""
@@ -125,17 +124,13 @@ class Hmt(InTurn):
         scores = (keys @ query.unsqueeze(-1)).squeeze(-1) * self.memory.search_dim**-0.5
         places = torch.arange(self.memory.bank, device=scores.device)
         empty = places < self.memory.bank - state.filled.unsqueeze(1)
-        weights = scores.masked_fill(empty, torch.finfo(wide).min).softmax(-1)
+        weights: Tensor = scores.masked_fill(empty, torch.finfo(wide).min).softmax(-1)
         return weights.masked_fill(empty, 0.0)
 
     def _summarise(self, stack: Stack, tokens: Tensor, segments: Segments) -> Tensor:
-        """Return one row for each segment, of its first half (or all of it): [B, N, D]."""
-        batch, count, length = tokens.shape
-        half = self.memory.summary == "half"
-        if half:
-            length //= 2
-            tokens = tokens[:, :, :length]
-        sequence = segments.sequence.first_half() if half else segments.sequence
+        """Return one row for each segment, of its first half: [B, N, D]."""
+        batch, count, length = tokens.shape[0], tokens.shape[1], tokens.shape[2] // 2
+        tokens, sequence = tokens[:, :, :length], segments.sequence.first_half()
         segment_len = length * sequence.size
         positions = sequence.positions(segment_len).to(tokens.device)
         cos, sin = segments.rope(positions.unsqueeze(0))
@@ -149,7 +144,7 @@ class Hmt(InTurn):
         rows = Rows(Frame(front=1, back=1), stack.linears.scatter(prompt.flatten(0, 1)))
         _, after, _ = stack.through(stack.embed(tokens), rows, alone, None)
         assert after is not None
-        left = stack.linears.gather(stack.normed(after.x)).unflatten(0, (batch, count, 2))
+        left: Tensor = stack.linears.gather(stack.normed(after.x)).unflatten(0, (batch, count, 2))
         return left[:, :, 1]
 
     def _last_tokens(self, tokens: Tensor, segments: Segments) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.config import InfiniMemory, ModelConfig
-from model.layers import starts_at
 from model.interfaces import Linears, Segments
+from model.layers import starts_at
 from model.memory.base import Block, Initial, Part, PartMemory, Tokens
 from model.memory.scan import Item, scan, where_start
 

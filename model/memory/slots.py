@@ -145,7 +145,8 @@ class CmabPart(SlotPart):
         """Return latents * keys / sqrt(K)."""
         wide = torch.promote_types(raw.k.dtype, torch.float32)
         scale = raw.k.shape[-1] ** -0.5
-        return torch.einsum("bnshk,hmk->bnshm", raw.k.to(wide), self.latents.to(wide)) * scale
+        scores: Tensor = torch.einsum("bnshk,hmk->bnshm", raw.k.to(wide), self.latents.to(wide))
+        return scores * scale
 
 
 class Abc(PartMemory):

@@ -74,7 +74,7 @@ class Algorithm2:
         if not self.fam:
             empty = self.weights["embedding.weight"].new_empty(0, self.config.hidden_size)
             return [empty] * self.config.num_layers
-        rows, found = self.weights["memory.prompt"], []
+        rows, found = self.weights["memory.parts.fam.prompt"], []
         places = torch.arange(self.num_slots)
         mask = torch.ones(self.num_slots, self.num_slots, dtype=torch.bool)
         for layer in range(self.config.num_layers):
@@ -106,7 +106,7 @@ class Algorithm2:
         """What is fed back of F_tau."""
         if not self.fam or self.fam.state == "paper":
             return rows
-        gain = self.weights[f"blocks.{layer}.mixer.gain"]
+        gain = self.weights[f"blocks.{layer}.mixer.parts.fam.carry.gain"]
         rms = (rows.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
         if self.fam.state == "norm":
             return gain * rows / rms

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import Alone, Whole, fold, fold_slots, merge
+from model.attention import Alone, Whole, merge
+from model.fold import Piece, fold, fold_slots
 from tests.compare import relative
 from tests.model.dense import attend, dense_fold, dense_fold_slots
 
@@ -127,7 +128,8 @@ def run_fold(inputs: dict[str, Tensor], visible: Tensor | None, *, dense: bool) 
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
     if dense:
         return dense_fold(q, k, v, slots, visible)
-    return fold(q, k, v, slots=slots, visible=visible, layout=Whole(), exchange=Alone())
+    extra = [Piece(*slots)] if slots else []
+    return fold(q, k, v, pieces=extra, visible=visible, layout=Whole(), exchange=Alone())
 
 
 @pytest.mark.parametrize(("carried", "hidden", "slots"), CASES)
@@ -191,7 +193,7 @@ def test_fold_keeps_nothing_of_the_size_of_the_scores() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: saved.append(x.numel()) or x, lambda x: x
     ):
-        fold(q, k, v, slots=None, visible=None, layout=Whole(), exchange=Alone())
+        fold(q, k, v, layout=Whole(), exchange=Alone())
     assert saved and max(saved) == length * 4
 
 
@@ -208,7 +210,7 @@ def run_slots(inputs: dict[str, Tensor], *, dense: bool) -> Tensor:
     q, k, v, *slots = inputs.values()
     if dense:
         return dense_fold_slots(q, k, v, (slots[0], slots[1]))
-    return fold_slots(q, k, v, slots=(slots[0], slots[1]), exchange=Alone())
+    return fold_slots(q, k, v, pieces=[Piece(*slots)], layout=Whole(), exchange=Alone())
 
 
 def test_fold_slots_is_dense_attention() -> None:

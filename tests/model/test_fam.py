@@ -10,7 +10,7 @@ from torch import Tensor
 from model.config import FamMemory, MemoryConfig, WindowMemory
 from model.decoder import Decoder
 from model.loss import IGNORE
-from model.memory.base import detach
+from model.memory.base import Carried, detach
 from model.memory.fam import FamInitial, FamState
 from tests.compare import relative
 from tests.model.memories import FAM
@@ -58,8 +58,9 @@ def stream(model: Decoder, batch: Batch, steps: int) -> Any:
 def test_a_stream_of_1000_segments_stays_bounded(kind: Any) -> None:
     memory = FamMemory(slots=3, state=kind)
     model = build(config_of(memory), torch.float32)
-    for block, state in zip(model.blocks, stream(model, batch_of(1, 50, 2), 20), strict=True):
-        carried = state.slots / block.mixer.gain
+    layers = stream(model, batch_of(1, 50, 2), 20).layers
+    for block, state in zip(model.blocks, layers, strict=True):
+        carried = state.parts[0].slots / block.mixer.parts["fam"].carry.gain
         if kind == "norm":
             rms = carried.square().mean(-1).sqrt()
             assert torch.allclose(rms, torch.ones_like(rms), atol=1e-4)
@@ -70,25 +71,28 @@ def test_a_stream_of_1000_segments_stays_bounded(kind: Any) -> None:
 def test_the_published_state_grows_with_every_segment() -> None:
     """Why `norm` and `latch` exist."""
     model = build(config_of(FamMemory(slots=3, state="paper")), torch.float32)
-    short, long = (stream(model, batch_of(1, 50, 2), n)[0].slots.norm() for n in (1, 4))
+    short, long = (
+        stream(model, batch_of(1, 50, 2), n).layers[0].parts[0].slots.norm() for n in (1, 4)
+    )
     assert long > 2 * short
 
 
-def passed_and_continued(memory: FamMemory) -> tuple[Decoder, Batch, list[FamInitial], Any]:
+def passed_and_continued(
+    memory: FamMemory,
+) -> tuple[Decoder, Batch, list[list[FamInitial]], Any]:
     """Slots handed on from one text, and a state that holds them as its own."""
     model, earlier = build(config_of(memory)), batch_of(2, 3, 4, seed=5)
     states = model(earlier.tokens, earlier.starts)[1]
     passed = model.memory.handed_on(states)
     batch = batch_of(2, 3, 4)
     continued = [
-        FamState(
-            initial.slots.expand(2, -1, -1),
-            torch.zeros(2, dtype=torch.bool),
-            state.window._replace(age=torch.zeros(2, dtype=torch.int64)),
+        state._replace(
+            window=state.window._replace(age=torch.zeros(2, dtype=torch.int64)),
+            parts=[FamState(initial.slots.expand(2, -1, -1), torch.zeros(2, dtype=torch.bool))],
         )
-        for initial, state in zip(passed, detach(states), strict=True)
+        for (initial,), state in zip(passed, detach(states).layers, strict=True)
     ]
-    return model, batch, passed, continued
+    return model, batch, passed, Carried(continued, [])
 
 
 @SLOTS
@@ -104,9 +108,10 @@ def test_a_document_given_slots_goes_on_from_them(memory: FamMemory) -> None:
 def test_slots_handed_on_are_the_first_streams_and_without_gradient(memory: FamMemory) -> None:
     model, batch = build(config_of(memory)), batch_of(2, 3, 4)
     states = model(batch.tokens, batch.starts)[1]
-    for initial, state in zip(model.memory.handed_on(states), states, strict=True):
-        assert torch.equal(initial.slots, state.slots[0])
-        assert state.slots.requires_grad and not initial.slots.requires_grad
+    for (initial,), state in zip(model.memory.handed_on(states), states.layers, strict=True):
+        slots = state.parts[0].slots
+        assert torch.equal(initial.slots, slots[0])
+        assert slots.requires_grad and not initial.slots.requires_grad
         assert not initial.fresh
 
 
@@ -117,14 +122,14 @@ def test_the_prompt_has_a_gradient_of_zero_where_slots_are_given(memory: FamMemo
     model(
         batch.tokens, batch.starts, labels=batch.labels, scale=batch.scale, passed=passed
     ).loss.backward()
-    assert not gradients(model)["memory.prompt"].any()
+    assert not gradients(model)["memory.parts.fam.prompt"].any()
 
 
 @SLOTS
 def test_the_prompt_has_a_gradient_at_a_start(memory: FamMemory) -> None:
     model, batch = build(config_of(memory)), batch_of(2, 3, 4)
     model(batch.tokens, batch.starts, labels=batch.labels, scale=batch.scale).loss.backward()
-    assert gradients(model)["memory.prompt"].abs().max() > 1e-4
+    assert gradients(model)["memory.parts.fam.prompt"].abs().max() > 1e-4
 
 
 @SLOTS

@@ -45,7 +45,7 @@ def test_a_weight_is_a_function_of_its_name_not_of_the_others() -> None:
     [
         ("embedding.weight", False),
         ("head.output.weight", False),
-        ("memory.prompt", False),
+        ("memory.parts.fam.prompt", False),
         ("blocks.1.qkv.linear.weight", False),
         ("blocks.1.ffn.gate_up.weight", False),
         ("blocks.1.output.weight", True),
@@ -66,7 +66,7 @@ def test_norms_and_gains_start_at_one() -> None:
         for name, value in weights(config_of(FamMemory(slots=3)), 0).items()
         if value.dim() == 1
     }
-    assert "blocks.0.mixer.gain" in vectors
+    assert "blocks.0.mixer.parts.fam.carry.gain" in vectors
     assert all(torch.equal(value, torch.ones(16)) for value in vectors.values())
 
 

@@ -94,7 +94,9 @@ def test_qkv_is_three_projections_grouped_by_key_head(heads: int, kv_heads: int)
         "k": torch.cat([head[group * width : (group + 1) * width] for head in rows]),
         "v": torch.cat([head[(group + 1) * width :] for head in rows]),
     }
-    for part, weight in zip(qkv(x), by_head.values(), strict=True):
+    *parts, extra = qkv(x)
+    assert extra.numel() == 0
+    for part, weight in zip(parts, by_head.values(), strict=True):
         assert part.shape == (5, weight.shape[0] // width, width)
         assert relative(part.flatten(1), x @ weight.T) < 1e-14
 

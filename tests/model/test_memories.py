@@ -1,5 +1,6 @@
 """The suite every memory must pass: one list of configurations (memories.py), one run each."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import ComputeConfig, MemoryConfig, NoMemory
+from model.config import (
+    ComputeConfig,
+    FamMemory,
+    HmtMemory,
+    LandmarkMemory,
+    MemoryConfig,
+    NoMemory,
+    WindowMemory,
+)
 from model.decoder import Decoder, Output
 from model.loss import IGNORE
 from model.memory.base import detach, named_tensors
@@ -16,7 +25,16 @@ from tests.model.algorithm_2 import Algorithm2
 from tests.model.memories import MEMORIES
 from tests.model.small import VOCAB, Batch, batch_of, build, config_of, gradients
 
+ALGORITHM_2 = {
+    name: memory
+    for name, memory in MEMORIES.items()
+    if isinstance(memory, NoMemory | WindowMemory | FamMemory)
+}
+
 MEMORY = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+
+WITHOUT_PAST = (NoMemory(), LandmarkMemory(block=2))
+"""Nothing of an earlier segment is read."""
 
 EXACT = 1e-10
 """float64: rounding of a few thousand operations (1e-13 measured), with room."""
@@ -24,14 +42,14 @@ EXACT = 1e-10
 
 def run(model: Decoder, batch: Batch, state: Any = None) -> Output:
     output: Output = model(
-        batch.tokens, batch.starts, state, labels=batch.labels, scale=batch.scale
+        batch.tokens, batch.starts, state, labels=batch.labels, scale=batch.scale, step=0
     )
     return output
 
 
 def logits_of(model: Decoder, batch: Batch, state: Any = None) -> tuple[Tensor, Any]:
     with torch.no_grad():
-        logits, after = model(batch.tokens, batch.starts, state)
+        logits, after = model(batch.tokens, batch.starts, state, step=0)
     return logits[..., :VOCAB], after
 
 
@@ -117,12 +135,14 @@ def test_a_document_that_goes_on_does_not_reset(memory: MemoryConfig) -> None:
     _, state = logits_of(model, batch.segments(0, 2))
     on, _ = logits_of(model, batch.segments(2, 3), state)
     fresh, _ = logits_of(model, batch.segments(2, 3))
-    assert torch.equal(on, fresh) == isinstance(memory, NoMemory)
+    assert torch.equal(on, fresh) == (memory in WITHOUT_PAST)
 
 
 @MEMORY
 @pytest.mark.parametrize("cut", [False, True], ids=["carried", "detached"])
 def test_only_detach_cuts_the_gradient_of_the_past(memory: MemoryConfig, cut: bool) -> None:
+    if isinstance(memory, HmtMemory):
+        memory = replace(memory, sensory=0)  # tokens that are read again are no state
     model, batch = build(config_of(memory)), batch_of(2, 4, 6)
     past, now = batch.segments(0, 2), batch.segments(2, 4)
     past.tokens.remainder_(VOCAB // 2)  # so that the table's rows tell past from now
@@ -130,7 +150,7 @@ def test_only_detach_cuts_the_gradient_of_the_past(memory: MemoryConfig, cut: bo
     state = run(model, past).state
     run(model, now, detach(state) if cut else state).loss.backward()
     of_past = gradients(model)["embedding.weight"][: VOCAB // 2]
-    if cut or isinstance(memory, NoMemory):
+    if cut or memory in WITHOUT_PAST:
         assert not of_past.any()
     else:
         assert of_past.abs().max() > 1e-4
@@ -253,6 +273,9 @@ def test_bfloat16_is_close_to_float32(memory: MemoryConfig) -> None:
     assert relative(output.token_losses, expected.token_losses) < 0.01
     for name, grad in grads.items():
         assert grad.dtype == torch.bfloat16
+        if not expected_grads[name].any():  # no part in this stage of training
+            assert not grad.any()
+            continue
         similarity = torch.cosine_similarity(grad.float().ravel(), expected_grads[name].ravel(), 0)
         assert similarity > 0.95, (name, float(similarity))
 
@@ -266,7 +289,7 @@ def test_the_state_accumulates_in_float32_under_bfloat16(memory: MemoryConfig) -
             assert x.dtype == (torch.bfloat16 if keys_of_the_past else torch.float32), name
 
 
-@MEMORY
+@pytest.mark.parametrize("memory", ALGORITHM_2.values(), ids=ALGORITHM_2.keys())
 def test_the_decoder_is_algorithm_2(memory: MemoryConfig) -> None:
     """Logits and every gradient against the paper's order: block by block, dense masks."""
     config, batch = config_of(memory, num_layers=3), batch_of(2, 4, 5)

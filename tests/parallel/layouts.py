@@ -114,7 +114,12 @@ def train_on_a_rank(case: Case) -> dict[str, Any]:
             for j, window in enumerate(windows):
                 here = (rows[:, None], window)
                 output = engine(
-                    tokens[here], starts[here], states[i], labels=labels[here], scale=scale
+                    tokens[here],
+                    starts[here],
+                    states[i],
+                    labels=labels[here],
+                    scale=scale,
+                    step=0,
                 )
                 last = i == len(own) - 1 and j == len(windows) - 1
                 engine.backward(output.loss, last=last)

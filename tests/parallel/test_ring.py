@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.fold import Piece
 from model.local import FoldedSequence
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout
@@ -79,9 +80,9 @@ def fold_everything(exchange: str, layout_name: str, dtype: torch.dtype) -> list
         upstream = inputs.pop("upstream")
 
         def run(x: dict[str, Tensor], carried: int = carried) -> Tensor:
-            slots = (x["slot_k"], x["slot_v"]) if "slot_k" in x else None
+            pieces = [Piece(x["slot_k"], x["slot_v"])] if "slot_k" in x else []
             visible = visible_of(carried)
-            return sequence.fold(x["q"], x["k"], x["v"], slots=slots, visible=visible)
+            return sequence.fold(x["q"], x["k"], x["v"], pieces=pieces, visible=visible)
 
         results.append((places, output_and_gradients(run, inputs, upstream)))
     return results
@@ -141,8 +142,8 @@ def fold_slots_everything(exchange: str, layout_name: str, dtype: torch.dtype) -
     }
 
     def run(x: dict[str, Tensor]) -> Tensor:
-        slots = (x["slot_k"], x["slot_v"])
-        return sequence.fold_slots(x["q"], x["k"], x["v"], slots=slots)
+        pieces = [Piece(x["slot_k"], x["slot_v"])]
+        return sequence.fold_slots(x["q"], x["k"], x["v"], pieces=pieces)
 
     return places, output_and_gradients(run, inputs, upstream_part(rank).to(dtype))
 

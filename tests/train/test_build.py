@@ -108,7 +108,9 @@ def test_matrices_decay_norms_and_gains_do_not() -> None:
     vectors = {name for name in names.values() if "norm" in name or name.endswith("gain")}
     assert groups[0.0] == vectors
     assert groups[0.25] == set(names.values()) - vectors
-    assert "embedding.weight" in groups[0.25] and "blocks.0.mixer.gain" in groups[0.0]
+    assert (
+        "embedding.weight" in groups[0.25] and "blocks.0.mixer.parts.fam.carry.gain" in groups[0.0]
+    )
 
 
 def test_the_optimizer_has_the_settings_asked_for() -> None:
