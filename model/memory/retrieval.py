@@ -66,7 +66,7 @@ def retrieve(
 ) -> Retrieved:
     """Return what queries read of the best `top_k` blocks of the store.
 
-    q [B, S, H, K], not rotated; places [S] int64: where each query stands, counted from the first
+    q [B, S, H, K], not rotated; places [S] int64, CPU: where each query stands, from the first
     local position (of the window, if there is one). reduce: the elementwise maximum over the ranks
     that must choose alike, where heads (granularity "heads") or tokens ("tokens") are spread over
     ranks. Differentiable in q and the store's keys and values; the choice is not.
