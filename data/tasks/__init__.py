@@ -6,13 +6,13 @@ with a tokenizer: `make_prompts`.
 """
 
 from data.streams import IGNORE
-from data.tasks.filler import Filler, corpus_texts
+from data.tasks.filler import Filler, Unfit, corpus_texts
 from data.tasks.passkey import KEY_DIGITS, PASSKEY_VOCAB, passkeys, passkeys_at
 from data.tasks.prompt import Prompt
 from data.tasks.pubmedqa import PubMedQA, read_pubmedqa
 from data.tasks.recall import associative_recall, multi_fact_recall, single_fact
 from data.tasks.symbols import DIGITS, FILLER, KEY, QUERY, TokenTask, fill, vocab_size
-from data.tasks.text import EXACT_TASKS, TEXT_TASKS, Grid, make_prompts
+from data.tasks.text import EXACT_TASKS, TEXT_TASKS, Grid, check_task, make_prompts
 
 __all__ = [
     "DIGITS",
@@ -29,7 +29,9 @@ __all__ = [
     "Prompt",
     "PubMedQA",
     "TokenTask",
+    "Unfit",
     "associative_recall",
+    "check_task",
     "corpus_texts",
     "fill",
     "make_prompts",

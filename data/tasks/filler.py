@@ -19,6 +19,10 @@ _WORD = re.compile(r"\s*\S+")
 _LONGEST = 400  # characters of a piece: code and tables have no sentences
 
 
+class Unfit(ValueError):
+    """A length, or a segment, does not hold what must be in it; a longer one would."""
+
+
 class Hidden(NamedTuple):
     """A document with facts in it."""
 
@@ -80,7 +84,7 @@ class Filler:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Return the sentences of a text, each with the white space before it, nothing lost."""
+    """Return the sentences of a text, each with the white space before it, none after the last."""
     for match in _SENTENCE.finditer(text):
         piece = match.group()
         while len(piece) > _LONGEST:
@@ -121,12 +125,12 @@ def hide(
     Each fact begins with white space and lies at the first border between pieces at or after
     its depth, 0 (before all) to 1 (after all) of the filler's characters; depths ascend. The
     filler begins at a random piece, or in the one before it to fill up. needed: the facts whose
-    places are told.
+    places are told. Raises Unfit where the facts alone are longer.
     """
     together = "".join(facts)
     size = len(filler.encode(together))
     if size > tokens:
-        raise ValueError(
+        raise Unfit(
             f"{len(facts)} facts take {size} tokens and the document may have {tokens}; use a"
             f" greater length or fewer facts"
         )

@@ -38,8 +38,7 @@ def recall_prompt(
     overwrites: as many of the names (any, also one several times) are given another code later
     on, and the question is about one of these: the last code counts.
     """
-    if not 1 <= pairs <= len(HOLDERS):
-        raise ValueError(f"pairs={pairs} is not between 1 and {len(HOLDERS)}")
+    assert 1 <= pairs <= len(HOLDERS)
     holders = rng.permutation(len(HOLDERS))[:pairs]
     again = rng.integers(0, pairs, overwrites)
     about = rng.permutation(np.concatenate([np.arange(pairs), again]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from data.tasks.filler import Encode
+from data.tasks.filler import Encode, Unfit
 
 
 class Prompt(NamedTuple):
@@ -41,10 +41,10 @@ def question_size(encode: Encode, question: str, candidates: tuple[str, ...]) ->
 
 
 def room_for(encode: Encode, length: int, question: str, candidates: tuple[str, ...]) -> int:
-    """Return the tokens that are left for the document; ValueError if there are none."""
+    """Return the tokens that are left for the document; Unfit if there are none."""
     size = question_size(encode, question, candidates)
     if size >= length:
-        raise ValueError(
+        raise Unfit(
             f"length={length} tokens do not hold the question and its answer ({size}); use a"
             f" greater length"
         )
