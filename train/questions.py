@@ -8,6 +8,7 @@ used where it answers more of them than no memory and than another's do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ def run_tasks(
     length. lengths in tokens, rounded up to whole segments. filler: documents to hide facts in
     (None: those of data.valid). pubmedqa: the folder of its files. segment_len: text tokens a
     segment (None: data.segment_len; less where prepare_batch adds tokens). reader: reads in the
-    model's stead. done hears how many prompts were answered, of count_prompts.
+    model's stead. done hears how many of count_prompts are behind.
 
     Cells that cannot be asked are left out: facts longer than the length, a question longer than
     a segment, fewer than two questions of pubmedqa that fit. The model is whole on this process.
@@ -120,7 +121,7 @@ def run_tasks(
     length = segment_len or config.data.segment_len
     _check(model, tokenizer, lengths, prompts)
     rounded = sorted({-(-n // length) * length for n in lengths})
-    grid = Grid(rounded, depths, pairs, prompts, seed)
+    grid = Grid(rounded, sorted(set(depths)), sorted(set(pairs)), prompts, seed)
     asked = read_pubmedqa(pubmedqa) if pubmedqa else None
     for name in names:
         check_task(name, grid, asked)
@@ -130,31 +131,28 @@ def run_tasks(
     def make(name: str, cell: Grid) -> list[Prompt]:
         return list(make_prompts(name, kept, cell, pubmedqa=asked, question_tokens=length))
 
-    def ask(name: str, cell: Grid) -> tuple[Place, list[Answered]] | None:
-        try:
-            made = make(name, cell)
-            if len(made) < 2:
-                return None
-            answers = measure(
-                reader or DecoderReader(model),
-                made,
-                tokenizer,
-                segment_len=length,
-                batch=batch,
-                prepare_batch=prepare_batch,
-            )
-        except Unfit:
-            return None
-        done(len(made))
-        return Place(made[0].length, made[0].depth, made[0].pairs), answers
-
     for name in names:  # at the greatest length at least something must fit
         for prompt in make(name, next(grid._replace(lengths=rounded[-1:], prompts=1).cells(name))):
             lay_out(prompt, tokenizer, length)
-    return [
-        summarise(name, [found for cell in grid.cells(name) if (found := ask(name, cell))])
-        for name in names
-    ]
+    results = []
+    for name in names:
+        cells: list[tuple[Place, list[Answered]]] = []
+        for cell in grid.cells(name):
+            with suppress(Unfit):
+                made = make(name, cell)
+                if len(made) > 1:
+                    answers = measure(
+                        reader or DecoderReader(model),
+                        made,
+                        tokenizer,
+                        segment_len=length,
+                        batch=batch,
+                        prepare_batch=prepare_batch,
+                    )
+                    cells.append((Place(made[0].length, made[0].depth, made[0].pairs), answers))
+            done(prompts)
+        results.append(summarise(name, cells))
+    return results
 
 
 def count_prompts(
@@ -164,7 +162,7 @@ def count_prompts(
     prompts: int,
     pairs: Sequence[int] = PAIRS,
 ) -> int:
-    """Return how many prompts run_tasks asks, at most."""
+    """Return how many prompts run_tasks asks, with those that do not fit."""
     return Grid(lengths, depths, pairs, prompts, 0).count(names)
 
 
