@@ -1,0 +1,240 @@
+"""Reading the best blocks of a long past, at positions that training has seen.
+
+Of all blocks in the store a query reads the `top_k` whose landmarks score best, by the grouped
+softmax of model.memory.grouped: the landmarks gate, each block's own softmax says what is read.
+Positions are "stingy": top_k + 1 slots of a block each lie before the first local position, however
+long the past is. The last top_k blocks are scored at their true places, slots 1 .. top_k, all older
+ones at slot 0; then the chosen ones, in order of age, take slots from the oldest on, with one slot
+left empty between old and recent ones. With at most top_k blocks in the store every block is read
+where it truly is. Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.2 and its code, whose first
+local position falls into the last slot while the store fills up; here it never does.
+
+What a layer does with segment n of its streams, the window being M segments:
+
+    store = forget(store, starts[:, n])
+    past = retrieve(q, store, top_k=k, places=M * S + positions, rope=rope)
+    local = grouped piece(s) of window and segment, rotated from position 0 or any other on
+    out, lse = merge(local, (past.out, past.lse))
+    store = append(store, k, v of the segment that leaves the window, belongs=age > M)
+
+RoPE knows distances only, so local pieces need no shift: `places` says where queries stand from the
+first local position on, retrieval adds its slots before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.memory.block_store import BlockStore
+from model.rope import rotate
+
+Granularity = Literal["token_and_head", "heads", "tokens"]
+"""What has a choice of its own: every token and head (as in training); every token, by its best
+head's softmax over landmarks; every head, by the best token of the call."""
+
+Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(cos, sin), each [*positions, K / 2], of integer positions of any shape."""
+
+_SCORES = 2**26
+"""Landmark scores held at once: 256 MiB in float32."""
+
+_GATHERED = 2**24
+"""Numbers of keys held at once for rows that choose for themselves: 64 MiB, and of values too."""
+
+
+class Retrieved(NamedTuple):
+    """A piece for attention.merge with the local ones, and where it comes from."""
+
+    out: Tensor  # [B, H, S, K], float32 or float64
+    lse: Tensor  # [B, H, S]; -inf where the row has no block to read
+    blocks: Tensor  # [B, H or 1, S or 1, top_k] int64: numbers in the document, rising; -1: none
+
+
+def retrieve(
+    q: Tensor,
+    store: BlockStore,
+    *,
+    top_k: int,
+    places: Tensor,
+    rope: Rope,
+    granularity: Granularity = "token_and_head",
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Retrieved:
+    """Return what queries read of the best `top_k` blocks of the store.
+
+    q [B, S, H, K], not rotated; places [S] int64, CPU: where each query stands, from the first
+    local position (of the window, if there is one). reduce: the elementwise maximum over the ranks
+    that must choose alike, where heads (granularity "heads") or tokens ("tokens") are spread over
+    ranks. Differentiable in q and the store's keys and values; the choice is not.
+    """
+    queries = _Queries(q, store, top_k, places, rope)
+    if not store.num_blocks:
+        return queries.nothing()
+    shared = queries.choose_for_all(reduce) if granularity == "tokens" else None
+    found = []
+    for rows in queries.rows(gather=shared is None):
+        chosen = shared
+        if chosen is None:
+            chosen = queries.choose(rows, granularity == "heads", reduce)
+        found.append((*queries.read(rows, chosen), chosen))
+    out, lse, chosen = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    chosen = chosen if shared is None else shared
+    numbers = chosen + store.origin.view(-1, 1, 1, 1)
+    return Retrieved(out, lse, numbers.masked_fill(chosen < 0, -1))
+
+
+class _Queries:
+    """The queries of one call, heads first, and the store they read."""
+
+    def __init__(
+        self, q: Tensor, store: BlockStore, top_k: int, places: Tensor, rope: Rope
+    ) -> None:
+        assert top_k >= 1, f"top_k={top_k} reads nothing"
+        wide = torch.promote_types(q.dtype, torch.float32)
+        self.q = q.transpose(1, 2).to(wide)
+        self.store, self.top_k, self.rope = store, top_k, rope
+        self.block, self.count = store.block, store.num_blocks
+        self.places = places + (top_k + 1) * store.block
+        self.scale = q.shape[-1] ** -0.5
+        self.group = q.shape[2] // store.k.shape[2]
+        self.num_hidden = int(store.first.max())  # the first blocks, from one stream at least
+
+    def nothing(self) -> Retrieved:
+        """Return the read of an empty store."""
+        lse = torch.full_like(self.q[..., 0], float("-inf"))
+        blocks = torch.full((*lse.shape, self.top_k), -1, device=lse.device)
+        return Retrieved(torch.zeros_like(self.q), lse, blocks)
+
+    def rows(self, gather: bool) -> Iterator[slice]:
+        """Yield rows, so few at a time that memory stays bounded."""
+        batch, heads, length, head_dim = self.q.shape
+        at_once = _SCORES // (batch * heads * max(self.count, self.top_k * self.block))
+        if gather:
+            read = batch * heads * self.top_k * (self.block - 1) * head_dim
+            at_once = min(at_once, _GATHERED // read)
+        at_once = max(at_once, 1)
+        for start in range(0, length, at_once):
+            yield slice(start, min(start + at_once, length))
+
+    def rotated(self, rows: slice, back: int) -> Tensor:
+        """Return the queries [B, H, R, K] as they stand to keys rotated `back` too little."""
+        return rotate(self.q[:, :, rows], *self.rope(self.places[rows] - back))
+
+    @torch.no_grad()
+    def scores(self, rows: slice) -> Tensor:
+        """Return each row's score of every landmark [B, H, R, count]; -inf where hidden."""
+        landmarks = self.store.landmarks[:, :, : self.count].to(self.q.dtype)
+        recent = min(self.top_k, self.count)
+        # Old blocks stand at slot 0: the queries turn back instead of so many keys forward.
+        scores = self._against(self.rotated(rows, self.block - 1), landmarks)
+        slots = torch.arange(self.top_k - recent + 1, self.top_k + 1)
+        turned = rotate(landmarks[:, :, -recent:], *self.rope((slots + 1) * self.block - 1))
+        scores[..., -recent:] = self._against(self.rotated(rows, 0), turned)
+        return self._hide(scores)
+
+    def _against(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Return scores of q [B, H, R, K] and keys [B, Hkv, n, K]: [B, H, R, n]."""
+        folded = (q * self.scale).unflatten(1, (-1, self.group)).flatten(2, 3)
+        result: Tensor = (folded @ keys.mT).unflatten(2, (self.group, -1)).flatten(1, 2)
+        return result
+
+    def _hide(self, scores: Tensor) -> Tensor:
+        """Set scores [B, H, R, count] of blocks that a stream must not read to -inf."""
+        some = scores[..., : self.num_hidden]
+        number = torch.arange(self.num_hidden, device=scores.device)
+        some.masked_fill_(number < self.store.first.view(-1, 1, 1, 1), float("-inf"))
+        return scores
+
+    def choose(
+        self, rows: slice, by_best_head: bool, reduce: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """Return the blocks that each row reads: [B, H or 1, R, top_k], see _best."""
+        scores = self.scores(rows)
+        if not by_best_head:
+            return self._best(scores)
+        # Logarithms: a probability that underflows would tie with hidden blocks.
+        best = scores.log_softmax(-1).amax(1, keepdim=True)
+        return self._best(reduce(best) if reduce else best)
+
+    def choose_for_all(self, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Return the blocks that each head's rows read together: [B, H, 1, top_k]."""
+        best: Tensor | None = None
+        for rows in self.rows(gather=False):
+            here = self.scores(rows).log_softmax(-1).amax(2, keepdim=True)
+            best = here if best is None else torch.maximum(best, here)
+        assert best is not None
+        return self._best(reduce(best) if reduce else best)
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """Return the numbers in the store of the best blocks, rising; -1 first where too few."""
+        # Where all is hidden the softmax was nan, and nan would be best.
+        number = self._hide(scores).topk(min(self.top_k, self.count), -1).indices
+        number = number.masked_fill(number < self.store.first.view(-1, 1, 1, 1), -1)
+        missing = self.top_k - number.shape[-1]
+        number = torch.nn.functional.pad(number, (missing, 0), value=-1)
+        return number.sort(-1).values
+
+    def read(self, rows: slice, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of rows over the chosen blocks [B, H or 1, R or 1, top_k]."""
+        heads = self.q.shape[1]
+        shared = chosen.shape[2] == 1
+        chosen = chosen.expand(-1, heads, -1, -1)
+        landmarks, keys, values = self._fetch(chosen)
+        q = self._at_slots(rows, chosen)
+        # [B, H, R, top_k, K, 1], or all rows against one set: [B, H, 1, top_k, K, R].
+        q = q.permute(0, 1, 3, 4, 2).unsqueeze(2) if shared else q.unsqueeze(-1)
+        q = q * self.scale
+        within = (keys @ q).softmax(-2)
+        said = values.mT @ within
+        gates = (landmarks.unsqueeze(-2) @ q).squeeze(-2)
+        gates = gates.masked_fill((chosen < 0).unsqueeze(-1), float("-inf"))
+        # A row without any block: a softmax over -inf alone is nan, and so is its gradient.
+        empty = (chosen < 0).all(-1).unsqueeze(-1)
+        gates = gates.masked_fill(empty.unsqueeze(-2), 0.0)
+        lse = gates.logsumexp(-2, keepdim=True)
+        out = (said * torch.exp(gates - lse).unsqueeze(-2)).sum(3)
+        out = out.masked_fill(empty.unsqueeze(-1), 0.0)
+        lse = lse.squeeze(-2).masked_fill(empty, float("-inf"))
+        if shared:
+            return out.squeeze(2).mT, lse.squeeze(2)
+        return out.squeeze(-1), lse.squeeze(-1)
+
+    def _at_slots(self, rows: slice, chosen: Tensor) -> Tensor:
+        """Return rows as they stand to their chosen blocks' slots: [B, H, R, top_k, K].
+
+        A block at slot s and a query at p: the block's keys turn by their place in the block only,
+        the query by p - s * block. Only distances count, and the keys then serve every slot.
+        """
+        recent = chosen >= self.count - self.top_k
+        slots = torch.arange(self.top_k, device=chosen.device) + recent
+        away = self.places[rows].unsqueeze(-1) - torch.arange(self.top_k + 1) * self.block
+        everywhere = rotate(self.q[:, :, rows].unsqueeze(-2), *self.rope(away))
+        return everywhere.take_along_dim(slots.unsqueeze(-1), -2)
+
+    def _fetch(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return landmark keys [..., K], keys and values [..., block - 1, K] of chosen blocks.
+
+        chosen [B, H, R or 1, top_k]; its shape is the results' beginning. Keys are turned by their
+        place in the block. What several rows chose is moved to the queries' device once.
+        """
+        store, device, wide = self.store, self.q.device, self.q.dtype
+        batch, heads = chosen.shape[:2]
+        room, kv_heads = store.k.shape[1:3]
+        stream = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+        head = torch.arange(heads, device=device).view(-1, 1, 1) // self.group
+        index = (stream * room + chosen.clamp(min=0)) * kv_heads + head
+        unique, where = torch.unique(index, return_inverse=True)
+        there = unique.to(store.k.device)
+        keys, values = (
+            x.flatten(0, 2).index_select(0, there).to(device, wide) for x in (store.k, store.v)
+        )
+        head, number = unique % kv_heads, unique // kv_heads
+        landmarks = store.landmarks[number // room, head, number % room].to(wide)
+        cos, sin = self.rope(torch.arange(self.block))
+        landmarks = rotate(landmarks, cos[-1], sin[-1])
+        keys = rotate(keys, cos[:-1], sin[:-1])
+        return landmarks[where], keys[where], values[where]

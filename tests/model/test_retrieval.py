@@ -1,0 +1,386 @@
+"""Blocks of a long past: how they are kept, which are chosen, and what is read of them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import merge
+from model.memory import retrieval as module
+from model.memory.base import detach, map_tensors
+from model.memory.block_store import BlockStore, append, empty_store, forget, mapped
+from model.memory.grouped import GroupedSoftmax, grouped
+from model.memory.retrieval import Granularity, Retrieved, retrieve
+from model.rope import rope_tables, rotate
+from tests.compare import relative
+
+EXACT = 1e-10
+"""float64: rounding is 1e-14 here."""
+
+BLOCK, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 8
+LIKE = torch.zeros(HEAD_DIM, dtype=torch.float64)
+ROPE = partial(rope_tables, head_dim=HEAD_DIM, base=100.0, like=LIKE)
+GRANULARITIES: list[Granularity] = ["token_and_head", "heads", "tokens"]
+EACH = pytest.mark.parametrize("granularity", GRANULARITIES)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def inputs(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    q = random(batch, length, HEADS, HEAD_DIM, seed=seed)
+    k, v = (random(batch, length, KV_HEADS, HEAD_DIM, seed=seed + i) for i in (1, 2))
+    return q, k, v
+
+
+def store_of(k: Tensor, v: Tensor, **options: Any) -> BlockStore:
+    """Return a store of all blocks of k, v, appended two at a time."""
+    store = empty_store(len(k), k.shape[2], BLOCK, k)
+    for keys, values in zip(k.split(2 * BLOCK, 1), v.split(2 * BLOCK, 1), strict=True):
+        store = append(store, keys, values, **options)
+    return store
+
+
+def read(q: Tensor, store: BlockStore, top_k: int, **options: Any) -> Retrieved:
+    places = options.pop("places", torch.arange(q.shape[1]))
+    return retrieve(q, store, top_k=top_k, places=places, rope=ROPE, **options)
+
+
+def content(store: BlockStore) -> list[Tensor]:
+    n = store.num_blocks
+    return [store.landmarks[:, :, :n], store.k[:, :n], store.v[:, :n]]
+
+
+def assert_holds(store: BlockStore, k: Tensor, v: Tensor) -> None:
+    keys, values = (x.unflatten(1, (-1, BLOCK)).transpose(2, 3) for x in (k, v))
+    expected = [keys[..., -1, :].transpose(1, 2), keys[..., :-1, :], values[..., :-1, :]]
+    for own, other in zip(content(store), expected, strict=True):
+        assert torch.equal(own, other)
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_a_store_holds_what_was_appended() -> None:
+    _, k, v = inputs(7 * BLOCK)
+    assert_holds(store_of(k, v), k, v)
+
+
+def test_an_older_handle_stays_what_it_was() -> None:
+    """Two appends to one handle: whoever is second copies, and no handle changes."""
+    _, k, v = inputs(8 * BLOCK)
+    old = store_of(k[:, : 4 * BLOCK], v[:, : 4 * BLOCK])
+    ends = [slice(i * BLOCK, (i + 1) * BLOCK) for i in (4, 5, 6)]
+    forks = [append(old, k[:, end], v[:, end]) for end in ends]
+    longer = append(forks[0], k[:, ends[1]], v[:, ends[1]])
+    again = append(forks[0], k[:, ends[2]], v[:, ends[2]])
+    for fork, parts in (
+        (old, ()),
+        *((fork, (end,)) for fork, end in zip(forks, ends, strict=True)),
+        (longer, (ends[0], ends[1])),
+        (again, (ends[0], ends[2])),
+    ):
+        assert_holds(
+            fork,
+            *(torch.cat((x[:, : 4 * BLOCK], *(x[:, part] for part in parts)), 1) for x in (k, v)),
+        )
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 2)])
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_a_store_of_some_rows_does_not_write_into_the_others(rows: slice, rows_first: bool) -> None:
+    """Such a state shares buffers with the whole one; see map_tensors."""
+    _, k, v = inputs(6 * BLOCK)
+    half, more = slice(0, 4 * BLOCK), slice(4 * BLOCK, 5 * BLOCK)
+    other = slice(5 * BLOCK, 6 * BLOCK)
+    whole = append(store_of(k[:, : 3 * BLOCK], v[:, : 3 * BLOCK]), *(x[:, 12:16] for x in (k, v)))
+    some = map_tensors(lambda x: x[rows], whole)
+    if rows_first:
+        some = append(some, k[rows, more], v[rows, more])
+    whole = append(whole, k[:, other], v[:, other])
+    if not rows_first:
+        some = append(some, k[rows, more], v[rows, more])
+    assert_holds(whole, *(torch.cat((x[:, half], x[:, other]), 1) for x in (k, v)))
+    assert_holds(some, *(torch.cat((x[rows, half], x[rows, more]), 1) for x in (k, v)))
+
+
+def test_one_stream_repeated_becomes_many() -> None:
+    _, k, v = inputs(5 * BLOCK, batch=1)
+    one = store_of(k[:, : 3 * BLOCK], v[:, : 3 * BLOCK])
+    many = map_tensors(lambda x: x.expand(3, *x.shape[1:]), one)
+    keys, values = (x.repeat(3, 1, 1, 1) * torch.arange(3).view(-1, 1, 1, 1) for x in (k, v))
+    many = append(many, keys[:, 12:16], values[:, 12:16])
+    expected = (torch.cat((x[:, :12].expand(3, -1, -1, -1), y[:, 12:16]), 1)
+                for x, y in ((k, keys), (v, values)))  # fmt: skip
+    assert_holds(many, *expected)
+
+
+def test_appending_copies_seldom() -> None:
+    """A new buffer each time the number of blocks doubled, and no other."""
+    _, k, v = inputs(BLOCK)
+    store, buffers = empty_store(2, KV_HEADS, BLOCK, LIKE), set()
+    for _ in range(100):
+        store = append(store, k, v)
+        buffers.add(store.k.data_ptr())
+        kept = store  # keeps its buffer alive, so that no other gets its address
+    assert kept.num_blocks == 100
+    assert len(buffers) <= 7
+
+
+def test_the_oldest_are_dropped_beyond_the_capacity() -> None:
+    """Room is for twice what may be read; block numbers go on counting from the start."""
+    q, _, _ = inputs(BLOCK)
+    _, keys, values = inputs(50 * BLOCK, seed=7)
+    store = empty_store(2, KV_HEADS, BLOCK, LIKE)
+    for start in range(0, 50 * BLOCK, BLOCK):
+        part = slice(start, start + BLOCK)
+        store = append(store, keys[:, part], values[:, part], capacity=3)
+    assert store.k.shape[1] <= 2 * (3 + 1)
+    found = read(q, store, 5)
+    assert set(found.blocks.unique().tolist()) == {-1, 47, 48, 49}
+    last = store_of(keys[:, -3 * BLOCK :], values[:, -3 * BLOCK :])
+    assert relative(found.out, read(q, last, 5).out) < EXACT
+
+
+def test_a_document_sees_none_of_the_one_before() -> None:
+    """Row 1 begins a document after 3 blocks; the store's block 3 is still of the window's end."""
+    q, k, v = inputs(6 * BLOCK)
+    store = store_of(k[:, : 3 * BLOCK], v[:, : 3 * BLOCK])
+    store = forget(store, torch.tensor([False, True]))
+    fresh = read(q[:, :4], store, 8)
+    assert torch.equal(fresh.lse[1], torch.full_like(fresh.lse[1], float("-inf")))
+    assert torch.equal(fresh.out[1], torch.zeros_like(fresh.out[1]))
+    part = slice(3 * BLOCK, 4 * BLOCK)
+    store = append(store, k[:, part], v[:, part], belongs=torch.tensor([True, False]))
+    part = slice(4 * BLOCK, 6 * BLOCK)
+    store = append(store, k[:, part], v[:, part])
+    found = read(q[:, :4], store, 8)
+    assert found.blocks[0, 0, 0].tolist() == [-1, -1, 0, 1, 2, 3, 4, 5]
+    assert found.blocks[1, 0, 0].tolist() == [-1, -1, -1, -1, -1, -1, 0, 1]
+    alone = read(q[1:, :4], store_of(k[1:, part], v[1:, part]), 8)
+    assert relative(found.out[1:], alone.out) < EXACT
+    assert relative(found.lse[1:], alone.lse) < EXACT
+
+
+def test_a_file_is_as_good_as_memory(tmp_path: Path) -> None:
+    q, k, v = inputs(9 * BLOCK)
+    inside, there = store_of(k, v), store_of(k, v, allocate=mapped(tmp_path))
+    assert_holds(there, k, v)
+    assert not list(tmp_path.iterdir())  # no file outlives its tensor
+    for own, other in zip(read(q, there, 2), read(q, inside, 2), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_detached_store_goes_on() -> None:
+    _, k, v = inputs(6 * BLOCK)
+    store = detach(store_of(k[:, : 5 * BLOCK], v[:, : 5 * BLOCK]))
+    assert_holds(append(store, k[:, 5 * BLOCK :], v[:, 5 * BLOCK :]), k, v)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@EACH
+@pytest.mark.parametrize("past", [0, 1, 3, 5])
+def test_all_blocks_are_the_full_grouped_softmax(past: int, granularity: Granularity) -> None:
+    """At most top_k blocks in the store: the computation of training, every block at its place."""
+    length, before = 3 * BLOCK, past * BLOCK
+    q, k, v = inputs(before + length)
+    here = slice(before, before + length)
+    cos, sin = (x.unsqueeze(-2) for x in ROPE(torch.arange(before + length)))
+    turned = [x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v)]
+    kernel = GroupedSoftmax(BLOCK)
+    out, lse = kernel.forward(*turned, True)
+    local = kernel.forward(*(x[:, :, here] for x in turned), True)
+    store = store_of(k[:, :before], v[:, :before])
+    found = read(q[:, here], store, 5, granularity=granularity)
+    joined = merge(local, (found.out, found.lse))
+    assert relative(joined[0], out[:, :, here]) < EXACT
+    assert relative(joined[1], lse[:, :, here]) < EXACT
+
+
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, top_k: int, granularity: Granularity
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out, lse, blocks) of one stream, step by step as section 1.5 of the paper's code.
+
+    q [S, H, K]; k, v [past, Hkv, K]. One query and head at a time, every key at its own position.
+    """
+    length, heads, width = q.shape
+    count, scale = len(k) // BLOCK, width**-0.5
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+
+    def turn(x: Tensor, position: Tensor) -> Tensor:
+        return rotate(x, *ROPE(position))
+
+    scores = torch.empty(length, heads, count, dtype=q.dtype)
+    queries = turn(q, ((top_k + 1) * BLOCK + torch.arange(length)).unsqueeze(-1))
+    for c in range(count):
+        slot = max(c - (count - top_k) + 1, 0)
+        landmark = turn(k[c * BLOCK + BLOCK - 1], torch.tensor(slot * BLOCK + BLOCK - 1))
+        scores[..., c] = (queries * landmark).sum(-1) * scale
+    best = scores.softmax(-1)
+    if granularity == "heads":
+        best = best.amax(1, keepdim=True).expand_as(scores)
+    if granularity == "tokens":
+        best = best.amax(0, keepdim=True).expand_as(scores)
+    blocks = best.topk(top_k, -1).indices.sort(-1).values
+    out, lse = torch.empty_like(q), torch.empty_like(scores[..., 0])
+    for i in range(length):
+        for h in range(heads):
+            gates, values = [], []
+            for j, c in enumerate(blocks[i, h].tolist()):
+                slot = j + (c >= count - top_k)
+                span = slice(c * BLOCK, (c + 1) * BLOCK)
+                keys = turn(k[span, h], slot * BLOCK + torch.arange(BLOCK))
+                s = keys @ queries[i, h] * scale
+                gates.append(s[-1])
+                values.append(s[:-1].softmax(0) @ v[span, h][:-1])
+            gate = torch.stack(gates)
+            out[i, h], lse[i, h] = gate.softmax(0) @ torch.stack(values), gate.logsumexp(0)
+    return out, lse, blocks
+
+
+@EACH
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("few", [False, True])
+def test_is_the_papers_retrieval(
+    top_k: int, granularity: Granularity, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """few: rows one at a time, as for a long past."""
+    if few:
+        monkeypatch.setattr(module, "_SCORES", 1)
+    q, _, _ = inputs(6)
+    _, k, v = inputs(9 * BLOCK, seed=3)
+    found = read(q, store_of(k, v), top_k, granularity=granularity)
+    for b in range(2):
+        out, lse, blocks = by_definition(q[b], k[b], v[b], top_k, granularity)
+        chosen = found.blocks[b].transpose(0, 1).expand_as(blocks)
+        assert torch.equal(chosen, blocks)
+        assert relative(found.out[b].transpose(0, 1), out) < EXACT
+        assert relative(found.lse[b].transpose(0, 1), lse) < EXACT
+
+
+@EACH
+def test_the_gold_block_is_found(granularity: Granularity) -> None:
+    """One landmark of 200 points to where every query looks; it lies far beyond any position."""
+    q, k, v = inputs(200 * BLOCK)
+    q, gold = q[:, :3], 17
+    look = torch.ones(HEAD_DIM, dtype=q.dtype)
+    turned = rotate(look, *ROPE(torch.tensor(BLOCK - 1 - 3 * BLOCK)))  # as seen from place 0
+    k[:, gold * BLOCK + BLOCK - 1] = 20 * turned
+    q[:, 0] = look
+    found = read(q[:, :1], store_of(k, v), 2, granularity=granularity)
+    assert (found.blocks == gold).any(-1).all()
+
+
+@EACH
+def test_queries_stand_as_far_from_blocks_as_their_places_say(granularity: Granularity) -> None:
+    """Behind a window of two blocks, with all of the past read: the whole computation."""
+    window, past = 2 * BLOCK, 3 * BLOCK
+    before = past + window
+    q, k, v = inputs(before + 3)
+    places = window + torch.arange(3)
+    store = store_of(k[:, :past], v[:, :past])
+    found = read(q[:, before:], store, 3, places=places, granularity=granularity)
+    cos, sin = (x.unsqueeze(-2) for x in ROPE(torch.arange(before + 3)))
+    queries, keys, values = (
+        x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v)
+    )
+    kernel, rows = GroupedSoftmax(BLOCK), queries[:, :, before:]
+    whole = kernel.forward(rows, keys[:, :, :before], values[:, :, :before], False)
+    near = kernel.forward(rows, keys[:, :, past:before], values[:, :, past:before], False)
+    joined = merge(near, (found.out, found.lse))
+    assert relative(joined[0], whole[0]) < EXACT
+    assert relative(joined[1], whole[1]) < EXACT
+
+
+@EACH
+def test_gradients_reach_every_key_that_was_read(granularity: Granularity) -> None:
+    """Of the whole: the store is filled and read in one graph, as the definition is."""
+    q, _, _ = inputs(6)
+    _, k, v = inputs(7 * BLOCK, seed=3)
+    dout, dlse = random(6, HEADS, HEAD_DIM, seed=8), random(6, HEADS, seed=9)
+    q, k, v = (x[:1].clone().requires_grad_() for x in (q, k, v))
+    out, lse, _ = by_definition(q[0], k[0], v[0], 2, granularity)
+    expected = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    found = read(q, store_of(k, v), 2, granularity=granularity)
+    results = (found.out[0].transpose(0, 1), found.lse[0].transpose(0, 1))
+    grads = torch.autograd.grad(results, (q, k, v), (dout, dlse))
+    for own, other in zip(grads, expected, strict=True):
+        assert relative(own, other) < EXACT
+
+
+def test_gradients_of_local_and_past_pieces_are_the_whole_s() -> None:
+    """Through merge: training with retrieval, all blocks chosen, is training on all of it."""
+    past, length = 2 * BLOCK, 2 * BLOCK
+    q, k, v = (x.requires_grad_() for x in inputs(past + length))
+    dout = random(2, HEADS, length, HEAD_DIM, seed=8)
+    cos, sin = (x.unsqueeze(-2) for x in ROPE(torch.arange(past + length)))
+    turned = [x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v)]
+    whole = grouped(*turned, BLOCK, True)[0][:, :, past:]
+    expected = torch.autograd.grad(whole, (q, k, v), dout, retain_graph=True)
+    local = grouped(*(x[:, :, past:] for x in turned), BLOCK, True)
+    found = read(q[:, past:], store_of(k[:, :past], v[:, :past]), 4)
+    joined = merge(local, (found.out, found.lse))[0]
+    for own, other in zip(torch.autograd.grad(joined, (q, k, v), dout), expected, strict=True):
+        assert relative(own, other) < EXACT
+
+
+def test_gradients_of_rows_without_a_past_are_numbers() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(2 * BLOCK))
+    store = forget(store_of(k, v), torch.tensor([True, False]))
+    found = read(q, store, 2)
+    local = grouped(*(x.transpose(1, 2) for x in (q, k, v)), BLOCK, True)
+    past = (found.out, found.lse)
+    dq, dk, _ = torch.autograd.grad(merge(local, past)[0].sum(), (q, k, v))
+    assert dq.isfinite().all() and dk.isfinite().all()
+    reads = torch.autograd.grad(read(q, store, 2).out.sum(), (q, k, v))
+    for grad in reads:
+        assert torch.equal(grad[0], torch.zeros_like(grad[0]))
+
+
+@pytest.mark.parametrize("granularity", ["heads", "tokens"])
+def test_ranks_can_agree_on_the_choice(granularity: Granularity) -> None:
+    """Half of the heads, or of the tokens, with the other half's maximum chooses as the whole."""
+    q, _, _ = inputs(6)
+    _, k, v = inputs(9 * BLOCK, seed=3)
+    whole = read(q, store_of(k, v), 2, granularity=granularity)
+    q_parts = q.chunk(2, 2 if granularity == "heads" else 1)
+    kv_parts = [x.chunk(2, 2) if granularity == "heads" else (x, x) for x in (k, v)]
+    places = [torch.arange(6)] * 2 if granularity == "heads" else torch.arange(6).chunk(2)
+    stores = [store_of(*(x[i] for x in kv_parts)) for i in (0, 1)]
+    seen: list[Tensor] = []
+
+    def note(best: Tensor) -> Tensor:
+        seen.append(best)
+        return best
+
+    for i in (0, 1):
+        read(q_parts[i], stores[i], 2, places=places[i], granularity=granularity, reduce=note)
+    agreed = torch.maximum(*seen)
+    outs = [
+        read(q_parts[i], stores[i], 2, places=places[i], granularity=granularity,
+             reduce=lambda best: agreed)
+        for i in (0, 1)
+    ]  # fmt: skip
+    joined = torch.cat([part.out for part in outs], 1 if granularity == "heads" else 2)
+    assert relative(joined, whole.out) < EXACT
+
+
+def test_float32_is_close() -> None:
+    """Every block is read, so that rounding changes no choice."""
+    q, _, _ = inputs(6)
+    _, k, v = inputs(5 * BLOCK, seed=3)
+    exact = read(q, store_of(k, v), 5)
+    narrow = partial(rope_tables, head_dim=HEAD_DIM, base=100.0, like=LIKE.float())
+    store = store_of(k.float(), v.float())
+    found = retrieve(q.float(), store, top_k=5, places=torch.arange(6), rope=narrow)
+    assert found.out.dtype == found.lse.dtype == torch.float32
+    assert relative(found.out, exact.out) < 5e-6
+    assert relative(found.lse, exact.lse) < 5e-6

@@ -1,0 +1,1 @@
+"""The papers' headline results in small: trained and checked in minutes on one core."""

@@ -1,0 +1,123 @@
+"""The curriculum: a key one block back, then two, up to four; then filler that counts for more.
+
+What makes it learnable is the order (from scratch at four blocks, nothing is learned) and, at the
+very start, keys in the question's own block, which teach the copying that far ones need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.memory.base import State, detach
+from train.miniatures.blocks import Blocks
+from train.miniatures.config import CurriculumStage
+from train.miniatures.learner import Learner, grade
+from train.miniatures.progress import Say
+
+ADVANCE = 0.8
+"""Exact match, as a moving average, at which the next difficulty comes."""
+RESTART = 0.5
+"""Where the average begins at a new difficulty."""
+RATE = 0.05
+NEAR, FULL = 0.3, 0.7
+"""Shares: of keys in the question's block at first; of steps at the largest distance so far."""
+RAISE = 0.5
+"""What the amplification rises by."""
+
+
+@dataclass
+class Difficulty:
+    """How far the curriculum has come."""
+
+    stage: CurriculumStage
+    distance: int
+    amplify: float = 0.0
+    recalled: float = 0.0
+
+    def observe(self, exact: float) -> None:
+        """Take one step's exact match at the present difficulty; raise it when it is learned."""
+        self.recalled += RATE * (exact - self.recalled)
+        if self.recalled <= ADVANCE or self.finished:
+            return
+        if self.distance < self.stage.blocks:
+            self.distance += 1
+        else:
+            self.amplify = min(self.stage.amplify, self.amplify + RAISE)
+        self.recalled = RESTART
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing harder comes."""
+        return self.distance == self.stage.blocks and self.amplify == self.stage.amplify
+
+    def draw(self, blocks: Blocks) -> int:
+        """Return a key's distance in blocks; 0 is the question's own block."""
+        chance = float(blocks.uniform())
+        if self.distance == 1 and self.recalled < 0.5 and chance < NEAR:
+            return 0
+        if float(blocks.uniform()) < FULL:
+            return self.distance
+        return int(blocks.whole(1, self.distance + 1))
+
+
+def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
+    """Train through one curriculum stage."""
+    difficulty = Difficulty(stage, stage.first)
+    blocks, rows = learner.blocks, learner.miniature.batch_size
+    for step in range(stage.steps):
+        distance = difficulty.draw(blocks)
+        keys = blocks.keys(rows)
+        tokens = sample(blocks, keys, distance)
+        weights = amplification(blocks, rows, distance, difficulty.amplify)
+        state = burn_in(learner, stage.burn_in if difficulty.distance > 1 else 0)
+        logits, _ = learner.read(tokens, state, weights=weights)
+        loss, right = grade(logits[:, -1], keys)
+        learner.learn(loss)
+        if distance == difficulty.distance:
+            difficulty.observe(right.all(-1).float().mean().item())
+        if (step + 1) % 100 == 0:
+            say(
+                f"distance {difficulty.distance}, amplification {difficulty.amplify:.1f},"
+                f" recalled {difficulty.recalled:.2f}"
+            )
+
+
+def sample(blocks: Blocks, keys: Tensor, distance: int) -> Tensor:
+    """Return documents [rows, distance + 1, length]: the key in the first block, the question."""
+    question = blocks.questions(keys)
+    if distance == 0:
+        blocks.put_keys(question[:, 0], keys, room=blocks.length - keys.shape[1] - 1)
+        return question
+    before = blocks.filler(len(keys), distance)
+    blocks.put_keys(before[:, 0], keys)
+    return torch.cat((before, question), 1)
+
+
+@torch.no_grad()
+def burn_in(learner: Learner, most: int) -> State:
+    """Return states after 1 to `most` blocks of filler, half of the time; else None."""
+    blocks, state = learner.blocks, None
+    if most == 0 or float(blocks.uniform()) < 0.5:
+        return None
+    for _ in range(int(blocks.whole(1, most + 1))):
+        _, state = learner.read(blocks.filler(learner.miniature.batch_size), state)
+    return detach(state)
+
+
+def amplification(blocks: Blocks, rows: int, distance: int, most: float) -> Tensor | None:
+    """Return the log weights [rows, distance + 1] of a sample's writes; None where all are 0.
+
+    A filler block stands for c like it, log c uniform in [0, most]: exact for a memory that adds
+    up what stationary filler writes. The key and the question stand for themselves.
+    """
+    if most == 0:
+        return None
+    weights = most * blocks.uniform(rows, distance + 1)
+    weights[:, 0] = weights[:, -1] = 0.0
+    return weights
+
+
+__all__ = ["Difficulty", "amplification", "run_curriculum", "sample"]

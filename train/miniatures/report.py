@@ -1,0 +1,150 @@
+"""The table and the picture of all results, beside the papers' numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.miniatures.config import Miniature
+from train.miniatures.trainer import RESULT
+
+PLACES = ("start", "middle", "end")
+
+
+class Interval(NamedTuple):
+    """A share and its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+
+
+def wilson(right: int, of: int) -> Interval:
+    """Return the share of successes with Wilson's 95 % score interval (Wilson 1927)."""
+    if of == 0:
+        return Interval(math.nan, 0.0, 1.0)
+    z, share = 1.96, right / of
+    centre = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def load_results(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the finished seeds of a miniature, by seed."""
+    paths = sorted((folder / name).glob(f"seed-*/{RESULT}"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(results, key=lambda result: int(result["seed"]))
+
+
+def table(folder: Path, miniatures: Iterable[Miniature]) -> str:
+    """Return markdown: a summary of all, then each miniature's lengths, places and seeds."""
+    found = [(m, load_results(folder, m.name)) for m in miniatures]
+    parts = [_summary(found)]
+    parts += [_details(m, results) for m, results in found if results]
+    return "\n".join(parts)
+
+
+def _summary(found: list[tuple[Miniature, list[dict[str, Any]]]]) -> str:
+    lines = [
+        "| miniature | the paper | here: exact match at the longest length, start / middle / end"
+        " (median of seeds) | seeds | trained on | CPU min | parameters | state bytes |"
+        " tokens/s | what differs |",
+        "|" + " --- |" * 10,
+    ]
+    for miniature, results in found:
+        paper, head = miniature.paper, f"| {miniature.name} | {miniature.paper.result} |"
+        if not results:
+            lines.append(f"{head} not run | 0 | | | | | | {paper.differs} |")
+            continue
+        longest = max(cell["tokens"] for cell in results[0]["cells"])
+        medians = " / ".join(_share(_median(results, longest, place)) for place in PLACES)
+        minutes = statistics.median(result["train_cpu_s"] for result in results) / 60
+        speed = statistics.median(result["tokens_per_s"] for result in results)
+        lines.append(
+            f"{head} {medians} at {longest:,} | {len(results)} |"
+            f" {5 * miniature.segment_len} tokens | {minutes:.1f} |"
+            f" {results[0]['parameters']:,} | {_bytes(results[0]['state_bytes'])} |"
+            f" {speed:,.0f} | {paper.differs} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
+    """Return one miniature's table: a row for each length and place, a column for each seed."""
+    lines = [
+        f"### {miniature.name}",
+        "",
+        "Exact match of four digits, of all prompts of all seeds with its 95 % interval, and of"
+        " each seed (digits right in brackets).",
+        "",
+        "| tokens | key at | all seeds |" + "".join(f" seed {r['seed']} |" for r in results),
+        "|" + " --- |" * (3 + len(results)),
+    ]
+    by_seed = [{(c["tokens"], c["place"]): c for c in result["cells"]} for result in results]
+    where = {key for cells in by_seed for key in cells}
+    for tokens, place in sorted(where, key=lambda key: (key[0], PLACES.index(key[1]))):
+        cells = [cells.get((tokens, place)) for cells in by_seed]
+        prompts = sum(cell["prompts"] for cell in cells if cell)
+        all_seeds = wilson(sum(cell["exact"] for cell in cells if cell), prompts)
+        lines.append(
+            f"| {tokens:,} | {place} | {all_seeds.share:.3f} ({all_seeds.low:.2f} to"
+            f" {all_seeds.high:.2f}) |" + "".join(f" {_cell(cell)} |" for cell in cells)
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(folder: Path, miniatures: Iterable[Miniature], path: Path) -> None:
+    """Write a picture: exact match by length for each miniature, the worst place, each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for number, miniature in enumerate(miniatures):
+        for i, result in enumerate(load_results(folder, miniature.name)):
+            lengths = sorted({cell["tokens"] for cell in result["cells"]})
+            worst = [
+                min(c["exact"] / c["prompts"] for c in result["cells"] if c["tokens"] == length)
+                for length in lengths
+            ]
+            label = miniature.name if i == 0 else None
+            axes.plot(lengths, worst, "o-", ms=3, lw=1, color=f"C{number}", label=label)
+    axes.axvline(320, color="0.7", lw=1, ls=":")
+    axes.set(xscale="log", xlabel="tokens (dotted: the longest trained)", ylim=(-0.03, 1.03))
+    axes.set_ylabel("exact match, worst key position, each seed")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _median(results: list[dict[str, Any]], tokens: int, place: str) -> float:
+    shares = [
+        cell["exact"] / cell["prompts"]
+        for result in results
+        for cell in result["cells"]
+        if cell["tokens"] == tokens and cell["place"] == place
+    ]
+    return statistics.median(shares) if shares else math.nan
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell['exact'] / cell['prompts']:.2f} ({cell['digits'] / cell['prompts'] / 4:.2f})"
+
+
+def _bytes(sizes: dict[str, int]) -> str:
+    """Return a stream's state: one number where it is constant, else shortest to longest."""
+    values = [sizes[key] for key in sorted(sizes, key=int)]
+    if not values:
+        return "-"
+    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"

@@ -1,0 +1,116 @@
+"""From a miniature and a seed to a result on disk; finished seeds are not run again.
+
+A seed's folder gets `weights.safetensors` after the training and `result.json` after the check. A
+run that was killed in between begins that seed's training, or only its check, anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.decoder import Decoder
+from train.miniatures.check import Checked, check
+from train.miniatures.config import CurriculumStage, Miniature
+from train.miniatures.curriculum import run_curriculum
+from train.miniatures.learner import Learner, with_memory
+from train.miniatures.pools import run_pools
+from train.miniatures.progress import Say
+
+RESULT, WEIGHTS, TRAINING = "result.json", "weights.safetensors", "training.json"
+
+
+def run_seed(miniature: Miniature, seed: int, folder: Path, say: Say) -> dict[str, Any]:
+    """Return the result of one seed, from `folder` where it is finished.
+
+    Raises:
+        ValueError: the folder holds a result of another configuration.
+    """
+    config = miniature.model_dump(mode="json", exclude={"seeds", "paper"})
+    done = _read(folder / RESULT, config)
+    if done is not None:
+        say(f"{folder}: finished before")
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = _read(folder / TRAINING, _training_part(config))
+    if trained is None:
+        model, seconds = train(miniature, seed, say)
+        save_file(model.state_dict(), folder / WEIGHTS)
+        trained = {
+            "config": _training_part(config),
+            "steps": sum(stage.steps for stage in miniature.stages),
+            "train_cpu_s": round(seconds, 1),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        _write(folder / TRAINING, trained)
+    checked = check(
+        restored(miniature, folder / WEIGHTS), miniature.check, miniature.segment_len, say
+    )
+    result = {**trained, "config": config, "name": miniature.name, "seed": seed}
+    result |= _as_json(checked)
+    _write(folder / RESULT, result)
+    return result
+
+
+def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, float]:
+    """Return the trained model and the CPU seconds it took."""
+    learner, began = Learner(miniature, seed), time.process_time()
+
+    def told(line: str) -> None:
+        say(f"step {learner.steps_done}, {time.process_time() - began:.0f} CPU s: {line}")
+
+    for stage in miniature.stages:
+        learner.begin(stage)
+        if isinstance(stage, CurriculumStage):
+            run_curriculum(learner, stage, told)
+        else:
+            run_pools(learner, stage, told)
+    return learner.model, time.process_time() - began
+
+
+def restored(miniature: Miniature, weights: Path) -> Decoder:
+    """Return the trained model in the check's configuration."""
+    last = miniature.stages[-1]
+    learner = Learner(miniature.model_copy(update={"stages": (last,)}), 0)
+    learner.model.load_state_dict(load_file(weights))
+    return with_memory(learner.model, miniature, miniature.check.memory)
+
+
+def _training_part(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("check", "name")}
+
+
+def _as_json(checked: Checked) -> dict[str, Any]:
+    return {
+        "cells": [cell._asdict() for cell in checked.cells],
+        "state_bytes": {str(tokens): size for tokens, size in checked.state_bytes.items()},
+        "check_tokens": checked.tokens,
+        "check_cpu_s": round(checked.seconds, 1),
+        "tokens_per_s": round(checked.tokens_per_s),
+        "torch": torch.__version__,
+    }
+
+
+def _read(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["config"] != config:
+        differ = sorted(key for key in config if found["config"].get(key) != config[key])
+        raise ValueError(
+            f"{path} was made by another configuration (it differs in {', '.join(differ)});"
+            " remove that folder, or give another --output"
+        )
+    return found
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
