@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model.decoder import Decoder
-from model.memory.base import Carried, State, named_tensors
+from model.interfaces import Segments
+from model.memory.base import State, named_tensors
 from parallel.mesh import Mesh
 from parallel.tensor import cut_of
 from train.build import Built, to_compute_config, to_model_config
@@ -124,11 +125,14 @@ def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
     return {"tp": mesh.tp, "cp": mesh.cp, "dp": mesh.dp, "zero": config.parallel.zero}
 
 
-def empty_state(model: Decoder) -> Carried:
+def empty_state(model: Decoder) -> list[State]:
     """Return the state of one stream that has read nothing: a template of names and types."""
     token = torch.zeros((1, 1, 1), dtype=torch.int64, device=next(model.parameters()).device)
-    starts = torch.ones_like(token[..., 0], dtype=torch.bool)
-    return model.empty(model.segments(token.expand(1, 1, 2), starts, fresh=True))
+    segments: Segments = model.segments(
+        token.expand(1, 1, 2), torch.ones_like(token[..., 0], dtype=torch.bool), None
+    )
+    like = torch.zeros((), dtype=next(model.parameters()).dtype, device=token.device)
+    return [block.mixer.empty(block, segments, like) for block in model.layers()]
 
 
 def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:

@@ -124,8 +124,7 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
         labels = torch.randint(0, VOCAB, shape, generator=generator)
         labels[0, 1, 5:] = IGNORE
         labels[3, :, :3] = IGNORE
-        starts = torch.zeros(INIT_STD = {"rmt": 0.1, "rmt-causal": 0.1, "armt": 0.05, "hmt": 0.15, "hmt-stage-1": 0.1}
-BATCH, SEGMENTS, dtype=torch.bool)
+        starts = torch.zeros(BATCH, SEGMENTS, dtype=torch.bool)
         starts[:, 0] = step == 0
         starts[1, 2] = True
         found.append((tokens, starts, labels))
