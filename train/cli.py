@@ -248,8 +248,8 @@ def evaluate(
     memory: Annotated[
         Literal["on", "off"],
         typer.Option(
-            help="on measures with the memory and without it, for the difference; off only"
-            " without.",
+            help="on measures with the memory, without it, and with that of another document,"
+            " for the differences; off only without.",
         ),
     ] = "on",
     tokens: Annotated[
@@ -263,29 +263,70 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write the numbers there, as JSON, and a picture beside."
+            metavar="PATH",
+            help="Also write a report: one HTML page, and JSON and a picture beside it. A file"
+            " such as report.html, or a folder.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Also ask questions whose answer lies far back: passkey,recall,facts,pubmedqa"
+            " (facts are story_person,story_thing,story_yes_no,story_count).",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS",
+            help="Tokens before the tasks' questions: 1k,4k,16k.",
+            show_default="4 and 16 segments",
+        ),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Questions for each length and place.")
+    ] = 32,
+    pubmedqa: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="PubMedQA's ori_pqal.json and test_ground_truth.json."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the tasks' questions.")] = 0,
+    track: Annotated[
+        bool, typer.Option("--track", help="Also log to the MLflow run of the checkpoint.")
+    ] = False,
 ) -> None:
-    """Measure a checkpoint's loss, by position in the document.
+    """Measure a checkpoint's loss by position in the document, and whether its memory is used.
 
-    Loss that goes on falling far into a document, and is higher without the memory, is a memory
-    at work. Prints a table; writes only the file that you name, and a picture beside it.
+    Loss that goes on falling far into a document, and is higher with the memory of another
+    document, is a memory at work. Prints a table and the verdict, with a warning on stderr where
+    the memory is not used; writes only what you name.
 
     \b
     Examples:
       longhaul evaluate runs/quickstart
-      longhaul evaluate runs/quickstart --tokens 1M --output loss.json
+      longhaul evaluate runs/quickstart --tokens 1M --output report.html
+      longhaul evaluate runs/books --tasks passkey,recall --lengths 1k,4k --output report.html
 
     Next: compare with a run of model.memory.name=none at the same number of tokens.
     """  # noqa: D301
     limit = None if tokens is None else _token_option("--tokens", tokens)
+    distances = [_token_option("--lengths", text) for text in _listed(lengths)]
     from train.quiet import quieten_libraries
 
     quieten_libraries()
-    from train.evaluate import run
+    from train.evaluate import Tasks, run
 
-    raise typer.Exit(run(checkpoint, data=data, memory=memory == "on", tokens=limit, output=output))
+    code = run(
+        checkpoint,
+        data=data,
+        memory=memory == "on",
+        tokens=limit,
+        output=output,
+        tasks=Tasks(_listed(tasks), distances, prompts=prompts, seed=seed, pubmedqa=pubmedqa),
+        track=track,
+    )
+    raise typer.Exit(code)
 
 
 def main() -> None:
@@ -326,6 +367,11 @@ def _is_ours(error: ValueError) -> bool:
     raised_in = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
     root = Path(__file__).parent.parent
     return any(raised_in.is_relative_to(root / package) for package in PACKAGES)
+
+
+def _listed(text: str | None) -> list[str]:
+    """Return the parts of a list with commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _token_option(option: str, text: str) -> int:

@@ -1,196 +1,47 @@
-"""Held-out loss by position in the document, with the memory and without.
-
-A language model's loss falls as it reads on. Where it goes on falling beyond the first segment,
-and no longer does once the memory is taken away, the memory is at work. Both runs read the same
-tokens in the same order, so their difference is free of the noise between documents.
-"""
+"""`longhaul evaluate`: what a checkpoint's memory is worth, in numbers, words and a page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data.index import Corpus
-from data.loader import load
-from data.streams import IGNORE, Batch, Streams
-from model.attention import Layout, Whole
 from model.decoder import Output
 from model.memory.base import State
-from parallel.mesh import Mesh
-from parallel.slicing import take_slice
-from train.positions import PositionLosses, bucket_edges, describe_gain, table
+from train.measure import ALL, choose_lanes, measure
+from train.positions import Condition, Evaluation, table
+from train.progress import short
+from train.rates import aligned, cell_tables
+from train.report import REPORT, Answers, Report, write_report
+from train.verdict import judge, metrics
 
 if TYPE_CHECKING:
     from model.decoder import Decoder
+    from train.checkpoint import Manifest
     from train.config import Config
 
-Forward: TypeAlias = Callable[[Tensor, Tensor, list[State] | None, Tensor, Tensor], Output]
-"""forward(tokens, starts, state, labels, scale): the model, in whatever a run wraps it.
 
-tokens, labels [B, N, S / cp] int64; starts [B, N] bool; scale 0-dim.
-"""
+class Tasks(NamedTuple):
+    """Which questions to ask beside the loss, and how many."""
 
-_SEED = 0
-"""Of the documents' order: the same for all runs, so that their losses can be compared."""
-
-
-def evaluate(
-    forward: Forward,
-    corpus: Corpus,
-    *,
-    segment_len: int,
-    segments: int,
-    lanes: int,
-    tokens: int | None,
-    memory: bool,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    micro_batch: int = 1,
-    device: torch.device | None = None,
-    workers: int = 0,
-    progress: bool = False,
-) -> PositionLosses:
-    """Return the losses of about `tokens` held-out tokens (None: all), the same on all ranks.
-
-    Reads `lanes` streams (see choose_lanes) from position 0, `segments` segments of each in one
-    call of forward, and carries the state from call to call. memory=False: nothing is carried
-    from segment to segment, no window either. Whole samples are read, at least one of each
-    lane. All ranks of the mesh call this together; with mesh None this process is alone and
-    works on `device`. micro_batch: lanes in a call, at most; only their state is held.
-    """
-    streams = Streams(
-        corpus.lengths, seed=_SEED, lanes=lanes, segment_len=segment_len, segments=segments
-    )
-    steps = count_steps(streams, tokens)
-    dp, dp_rank, cp_rank = (mesh.dp, mesh.dp_rank, mesh.cp_rank) if mesh else (1, 0, 0)
-    device = mesh.device if mesh else device or torch.device("cpu")
-    layout = layout or Whole()
-    tally = _Tally(streams, steps, layout.positions(cp_rank, segment_len).numpy())
-    scale = torch.ones((), device=device)
-    micro_batch = _largest_divisor(lanes // dp, micro_batch)
-    groups = lanes // dp // micro_batch
-    # Lanes are independent: one group after the other, so that one group's state is held at a time.
-    for group in range(groups):
-        state: list[State] | None = None
-        batches = load(
-            corpus,
-            streams,
-            position=0,
-            dp_rank=dp_rank * groups + group,
-            dp_size=dp * groups,
-            micro_batch=micro_batch,
-            workers=workers,
-            steps=steps,
-        )
-        with torch.no_grad(), closing(batches):
-            for (batch,) in _shown(batches, steps, progress):
-                local, labels = (
-                    take_slice(x, layout, cp_rank) for x in (batch.tokens, batch.labels)
-                )
-                starts = batch.starts if memory else torch.ones_like(batch.starts)
-                output = forward(
-                    local.to(device), starts.to(device), state, labels.to(device), scale
-                )
-                state = output.state if memory else None
-                tally.add(batch, labels, output.token_losses)
-    return tally.result(memory, mesh)
+    names: Sequence[str] = ()
+    lengths: Sequence[int] = ()  # tokens
+    depths: Sequence[float] = (0.0, 0.5, 1.0)  # of the answer: 0 the start of the document
+    prompts: int = 32
+    seed: int = 0
+    pubmedqa: Path | None = None  # the folder of its files
 
 
-def choose_lanes(documents: int, batch_size: int, dp: int = 1) -> int:
-    """Return the streams to read: batch_size, fewer of fewer documents, a multiple of dp."""
-    return max(1, min(documents, batch_size) // dp) * dp
-
-
-def count_steps(streams: Streams, tokens: int | None) -> int:
-    """Return the steps, of one sample of each lane, that read about `tokens` tokens."""
-    if tokens is None:
-        return streams.steps_per_epoch
-    per_step = streams.lanes * streams.segments * streams.segment_len
-    return min(max(1, round(tokens / per_step)), streams.steps_per_epoch)
-
-
-class _Tally:
-    """Adds up losses by position and by document, on the CPU, in float64."""
-
-    def __init__(self, streams: Streams, steps: int, places: NDArray[np.int64]) -> None:
-        self.lanes, self.segment_len = streams.lanes, streams.segment_len
-        self.places = places  # of this rank's tokens in their segment
-        self.edges = bucket_edges(streams.segment_len, int(streams.lengths.max()))
-        self.buckets = np.zeros((2, len(self.edges) - 1))  # losses, tokens
-        # Of each lane, its documents in order: no more of them than segments.
-        self.passages = np.zeros((2, self.lanes, steps * streams.segments))
-        self.passage = np.full(self.lanes, -1)
-        self.begin = np.zeros(self.lanes, dtype=np.int64)
-
-    def add(self, batch: Batch, labels: Tensor, token_losses: Tensor) -> None:
-        """Add a batch: labels (CPU) and losses [B, N, S / cp] of this rank's tokens."""
-        first = batch.first_position % self.lanes
-        lanes = np.arange(first, first + len(batch.starts))
-        starts, offsets = batch.starts.numpy(), batch.offsets.numpy()
-        wanted = (labels != IGNORE).numpy()
-        losses = np.where(wanted, token_losses.double().cpu().numpy(), 0.0)
-        for n in range(starts.shape[1]):
-            self.passage[lanes] += starts[:, n]
-            self.begin[lanes] = np.where(starts[:, n], offsets[:, n], self.begin[lanes])
-            read = offsets[:, n] - self.begin[lanes]  # before this segment
-            self._add_positions(read, losses[:, n], wanted[:, n])
-            late = read >= self.segment_len
-            for row, part in ((0, losses), (1, wanted)):
-                self.passages[row, lanes, self.passage[lanes]] += part[:, n].sum(-1) * late
-
-    def _add_positions(
-        self, read: NDArray[np.int64], losses: NDArray[np.float64], wanted: NDArray[np.bool_]
-    ) -> None:
-        positions = (read[:, None] + self.places)[wanted]
-        bucket = np.searchsorted(self.edges, positions, side="right") - 1
-        length = self.buckets.shape[1]
-        self.buckets[0] += np.bincount(bucket, weights=losses[wanted], minlength=length)
-        self.buckets[1] += np.bincount(bucket, minlength=length)
-
-    def result(self, memory: bool, mesh: Mesh | None) -> PositionLosses:
-        """Return the sums over all ranks: DP ranks have different lanes, CP ranks tokens."""
-        flat = np.concatenate([self.buckets.ravel(), self.passages.ravel()])
-        if mesh is not None:
-            total = torch.from_numpy(flat).to(mesh.device)
-            dist.all_reduce(total, group=mesh.zero_group)
-            flat = total.cpu().numpy()
-        sums, counts = flat[: self.buckets.size].reshape(2, -1)
-        losses, tokens = flat[self.buckets.size :].reshape(2, -1)
-        used = int(counts.nonzero()[0].max(initial=-1)) + 1
-        kept = tokens > 0
-        return PositionLosses(
-            memory=memory,
-            segment_len=self.segment_len,
-            edges=self.edges[: used + 1],
-            sums=tuple(sums[:used].tolist()),
-            counts=tuple(counts[:used].astype(int).tolist()),
-            passages=tuple(
-                (float(loss), int(count))
-                for loss, count in zip(losses[kept], tokens[kept], strict=True)
-            ),
-        )
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(n for n in range(1, max(1, min(number, limit)) + 1) if number % n == 0)
-
-
-def _shown(batches: Iterator[list[Batch]], steps: int, progress: bool) -> Iterator[list[Batch]]:
-    """Return the batches, counted by a bar on a terminal."""
-    from tqdm import tqdm
-
-    # disable=None: no bar where stderr is a file
-    disable = None if progress else True
-    return iter(tqdm(batches, "evaluate", steps, leave=False, unit="step", disable=disable))
+FACTS = "facts"
+"""The name of all tasks of facts in stories together."""
+NO_TASKS = Tasks()
 
 
 def run(
@@ -199,34 +50,129 @@ def run(
     memory: bool = True,
     tokens: int | None = None,
     output: Path | None = None,
+    tasks: Tasks = NO_TASKS,
+    track: bool = False,
 ) -> int:
     """Evaluate a checkpoint on this one process, print a table and return 0.
 
     checkpoint: one checkpoint's folder, or a run's for its newest good one. data: prepared
-    shards (None: the run's data.valid). memory: with it and without, for the difference; False:
-    only without. tokens: about as many (None: all). output: a JSON file to write, with a
-    picture beside it.
+    shards (None: the run's data.valid). memory: with it, without and shuffled, for the
+    differences; False: only without. tokens: about as many (None: all). output: where to write
+    an HTML page, with JSON and a picture beside it. track: log to the run's MLflow run, too.
 
     Raises ValueError for everything that the user can mend.
     """
-    from train.snapshot import read_model
+    from train.checkpoint import choose_checkpoint
+    from train.snapshot import load_model
 
-    model, config = read_model(checkpoint)
+    folder, manifest = choose_checkpoint(checkpoint)
+    model, config = load_model(folder, manifest)
     corpus = _open_corpus(model, config, data)
-    carries = config.model.memory.name != "none"
-    wanted = [True] * memory + [False] * (carries or not memory)
-    results = {on: _measure(model, config, corpus, tokens, on) for on in wanted}
-    on, off = results.get(True), results.get(False)
-    print(f"{checkpoint} on {corpus.folder}\n\n{table(on, off)}\n")
-    if on and off:
-        print(f"memory's gain: {describe_gain(on, off)}")
-    elif on:
+    answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
+    evaluation = _measure(model, config, corpus, tokens, _conditions(config, memory))
+    print(f"{folder} on {corpus.folder}\n\n{table(evaluation)}\n")
+    say_verdict(evaluation, print, lambda text: print(text, file=sys.stderr))
+    if config.model.memory.name == "none" and memory:
         print("this model has no memory: every segment is read by itself")
+    _say_answers(answers)
     for damage in corpus.damage:
         print(f"left out: {damage}")
+    facts = [("checkpoint", str(folder)), ("step", f"{manifest.step:,}")]
+    facts += describe(config, _parameters(model), corpus, evaluation, str(_device(model)))
+    report = Report(
+        title=f"{config.name}, step {manifest.step:,}",
+        facts=facts,
+        evaluation=evaluation,
+        tasks=answers,
+        notes=[f"left out: {damage}" for damage in corpus.damage],
+    )
     if output is not None:
-        _write(output, checkpoint, corpus, on, off)
+        about = {
+            "checkpoint": str(folder),
+            "data": str(corpus.folder),
+            "fingerprint": corpus.fingerprint,
+        }
+        written = write_files(output, report, about)
+        print(f"written: {', '.join(map(str, written))}")
+    if track:
+        _track(folder, manifest, config, evaluation, written if output is not None else [])
     return 0
+
+
+def say_verdict(evaluation: Evaluation, say: Any, warn: Any) -> None:
+    """Say the verdict and its differences, and warn where the memory is not shown to be used."""
+    verdict = judge(evaluation)
+    if verdict is None:
+        return
+    for name, text in verdict.lines():
+        say(f"{name}: {text}")
+    if verdict.used == "yes":
+        say(str(verdict))
+    else:
+        warn(f"WARNING: {verdict}")
+
+
+def describe(
+    config: Config, parameters: str, corpus: Corpus, evaluation: Evaluation, where: str
+) -> list[tuple[str, str]]:
+    """Return what was evaluated and what it cost, by name, for a report."""
+    memory = config.model.memory.model_dump()
+    keys = ", ".join(f"{key} {value}" for key, value in memory.items() if key != "name")
+    columns = evaluation.columns
+    return [
+        ("memory", memory["name"] + (f" ({keys})" if keys else "")),
+        ("parameters", parameters),
+        ("state", f"{evaluation.state_bytes:,} bytes a stream, the most that one rank carried"),
+        ("read with the memory on", f"{short(evaluation.tokens_per_s)} tokens/s, {where}"),
+        ("segment", f"{config.data.segment_len:,} tokens"),
+        ("data", f"{corpus.folder}: {len(corpus.lengths):,} documents"),
+        ("data fingerprint", corpus.fingerprint),
+        ("tokens predicted", f"{columns[0].tokens:,} under each condition"),
+        *_coverage(evaluation),
+    ]
+
+
+def write_files(output: Path, report: Report, about: dict[str, Any]) -> list[Path]:
+    """Write the page, the numbers as JSON and the picture, with one stem; return their paths.
+
+    output: a file, or a folder (existing, or a name without a suffix) for report.html in it.
+    """
+    from train.picture import plot_evaluation
+
+    if output.is_dir() or not output.suffix:
+        output = output / REPORT
+    page, numbers, picture = (output.with_suffix(end) for end in (".html", ".json", ".png"))
+    plot_evaluation(picture, report.evaluation, title=report.title)
+    verdict = judge(report.evaluation)
+    values = {
+        **about,
+        **report.evaluation.to_json(),
+        "verdict": verdict.to_json() if verdict else None,
+        "tasks": [task.result.to_json() for task in report.tasks],
+    }
+    numbers.write_text(json.dumps(values, indent=1) + "\n")
+    write_report(page, report._replace(picture=picture.read_bytes()))
+    return [page, numbers, picture]
+
+
+def _coverage(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return what share of the tokens with a past could be shuffled."""
+    if evaluation.unshuffled is not None:
+        return [("shuffled", evaluation.unshuffled)]
+    if evaluation.on is None or evaluation.shuffled is None:
+        return []
+    wanted, had = (
+        sum(tokens for _, tokens in losses.passages)
+        for losses in (evaluation.on, evaluation.shuffled)
+    )
+    share = f"{had / wanted:.1%}" if wanted else "none"
+    return [("shuffled", f"{share} of the tokens beyond a first segment")]
+
+
+def _conditions(config: Config, memory: bool) -> Sequence[Condition]:
+    if not memory:
+        return ("off",)
+    return ("on",) if config.model.memory.name == "none" else ALL
 
 
 def _open_corpus(model: Decoder, config: Config, data: Path | None) -> Corpus:
@@ -243,52 +189,110 @@ def _open_corpus(model: Decoder, config: Config, data: Path | None) -> Corpus:
 
 
 def _measure(
-    model: Decoder, config: Config, corpus: Corpus, tokens: int | None, memory: bool
-) -> PositionLosses:
+    model: Decoder,
+    config: Config,
+    corpus: Corpus,
+    tokens: int | None,
+    conditions: Sequence[Condition],
+) -> Evaluation:
     def forward(
-        tokens: Tensor,
-        starts: Tensor,
-        state: list[State] | None,
-        labels: Tensor,
-        scale: Tensor,
+        tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
     ) -> Output:
         result: Output = model(tokens, starts, state, labels=labels, scale=scale)
         return result
 
-    return evaluate(
+    return measure(
         forward,
         corpus,
         segment_len=config.data.segment_len,
         segments=config.num_segments,
         lanes=choose_lanes(len(corpus.lengths), config.train.batch_size),
         tokens=tokens,
-        memory=memory,
+        conditions=conditions,
         micro_batch=config.train.micro_batch,
-        device=next(model.parameters()).device,
+        device=_device(model),
         workers=config.data.workers,
         progress=True,
     )
 
 
-def _write(
-    output: Path,
-    checkpoint: Path,
-    corpus: Corpus,
-    on: PositionLosses | None,
-    off: PositionLosses | None,
-) -> None:
-    from train.picture import plot_evaluation
-    from train.positions import gain
+def _ask(model: Decoder, config: Config, corpus: Corpus, tasks: Tasks) -> Sequence[Answers]:
+    """Return the answers to the tasks' questions, hidden in the corpus's text."""
+    if not tasks.names:
+        return ()
+    from tqdm import tqdm
 
-    found = gain(on, off) if on and off else None
-    values = {
-        "checkpoint": str(checkpoint),
-        "data": str(corpus.folder),
-        "fingerprint": corpus.fingerprint,
-        "evaluations": [losses.to_json() for losses in (on, off) if losses],
-        "gain": found._asdict() if found else None,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(values, indent=1) + "\n")
-    picture = plot_evaluation(output.with_suffix(".png"), on, off, title=str(checkpoint))
-    print(f"written: {output}, {picture}")
+    from data.tasks import TEXT_TASKS, corpus_texts
+    from train.questions import count_prompts, run_tasks
+    from train.questions import describe as in_words
+
+    stories = [name for name in TEXT_TASKS if name.startswith("story_")]
+    names = [n for name in tasks.names for n in (stories if name == FACTS else [name])]
+    segment_len = config.data.segment_len
+    lengths = tasks.lengths or (4 * segment_len, 16 * segment_len)
+    total = count_prompts(names, lengths, tasks.depths, tasks.prompts)
+    with tqdm(total=total, desc="questions", leave=False, disable=None) as bar:
+        results = run_tasks(
+            model,
+            config,
+            corpus.tokenizer(),
+            names=names,
+            lengths=lengths,
+            depths=tasks.depths,
+            prompts=tasks.prompts,
+            seed=tasks.seed,
+            filler=corpus_texts(corpus, 2 * (max(lengths) + segment_len)),
+            pubmedqa=tasks.pubmedqa,
+            done=bar.update,
+        )
+    return [Answers(result, in_words(result)) for result in results]
+
+
+def _say_answers(answers: Sequence[Answers]) -> None:
+    for result, words in answers:
+        tables = [aligned([table.heads, *table.rows]) for table in cell_tables(result.cells)[-1:]]
+        print("", words, *tables, sep="\n")
+        if result.verdict != "yes":
+            print(f"WARNING: {result.task}: memory used: {result.verdict}", file=sys.stderr)
+
+
+def _track(
+    folder: Path, manifest: Manifest, config: Config, evaluation: Evaluation, files: list[Path]
+) -> None:
+    """Log an evaluation to the MLflow run that the checkpoint is of."""
+    with _tracker(folder, config) as tracker:
+        tracker.metrics(metrics(evaluation, "evaluate/"), manifest.step)
+        verdict = judge(evaluation)
+        if verdict is not None:
+            tracker.event(f"evaluated: {verdict}", manifest.step)
+        for path in files:
+            tracker.artifact(path, "evaluate")
+
+
+@contextmanager
+def _tracker(folder: Path, config: Config) -> Iterator[Any]:
+    from train.tracker import Tracker
+
+    run_dir = folder.resolve().parent.parent
+    done = (run_dir / "DONE").exists()
+    tracker = Tracker.open(
+        run_dir,
+        experiment=config.tracking.experiment,
+        run_name=config.name,
+        uri=config.tracking.uri,
+        system_every_s=0,
+    )
+    try:
+        yield tracker
+    finally:
+        tracker.close(status="FINISHED" if done else "SCHEDULED")
+        if tracker.problem:
+            print(f"tracking: not shipped: {tracker.problem}", file=sys.stderr)
+
+
+def _parameters(model: Decoder) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+def _device(model: Decoder) -> torch.device:
+    return next(model.parameters()).device

@@ -8,8 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from train.positions import PositionLosses, gain
+import numpy as np
+
+from train.positions import LABELS, Condition, Evaluation, PositionLosses
 from train.progress import short
+from train.verdict import difference, judge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +23,14 @@ PICTURE = "summary.png"
 Row = Mapping[str, Any]
 """A line of log.jsonl: step, loss, grad_norm, lr, tokens_per_s, mfu, time."""
 
-_ON, _OFF, _FAINT = "#0b5394", "#cc4125", "#8a8a8a"
+_ON, _FAINT = "#0b5394", "#8a8a8a"
+# Told apart without colour too, and on top of one another: the last drawn is memory on.
+_STYLES: dict[Condition, dict[str, Any]] = {
+    "off": {"color": "#cc4125", "marker": "s"},
+    "shuffled": {"color": "#b45f06", "marker": "^", "linestyle": (0, (5, 2))},
+    "beyond": {"color": "#38761d", "marker": "v", "linestyle": (0, (2, 1.5))},
+    "on": {"color": _ON, "marker": "o"},
+}
 
 
 def tidy(history: Sequence[Row]) -> list[Row]:
@@ -48,33 +58,30 @@ def plot(
     run_dir: Path,
     *,
     history: Sequence[Row],
-    on: PositionLosses | None = None,
-    off: PositionLosses | None = None,
+    evaluation: Evaluation | None = None,
     title: str,
 ) -> Path:
     """Write <run_dir>/summary.png and return its path.
 
     Left: loss against step. Right, where there was an evaluation: loss by position in the
-    document and, given both, what the memory saves. title: the run's name and its layout.
+    document and what the memory saves there. title: the run's name and its layout.
     """
-    if on is None and off is None:
+    if evaluation is None:
         figure = _figure(title, width=8.0)
         _plot_training(_axes(figure, figure.add_gridspec()[0]), tidy(history))
         return _save(figure, run_dir / PICTURE)
     figure = _figure(title, width=12.0)
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 3), height_ratios=(5, 2))
     _plot_training(_axes(figure, grid[:, 0]), tidy(history))
-    _plot_evaluation(figure, grid, 1, on, off)
+    _plot_evaluation(figure, grid, 1, evaluation)
     return _save(figure, run_dir / PICTURE)
 
 
-def plot_evaluation(
-    path: Path, on: PositionLosses | None, off: PositionLosses | None, *, title: str
-) -> Path:
+def plot_evaluation(path: Path, evaluation: Evaluation, *, title: str) -> Path:
     """Write the picture of one evaluation, loss by position, to path and return it."""
     figure = _figure(title, width=8.0)
     grid = figure.add_gridspec(2, 1, height_ratios=(5, 2))
-    _plot_evaluation(figure, grid, 0, on, off)
+    _plot_evaluation(figure, grid, 0, evaluation)
     return _save(figure, path)
 
 
@@ -129,34 +136,29 @@ def _thin(values: Sequence[float]) -> list[float]:
     return [median(values[i : i + length]) for i in range(0, len(values), length)]
 
 
-def _plot_evaluation(
-    figure: Figure,
-    grid: Any,
-    column: int,
-    on: PositionLosses | None,
-    off: PositionLosses | None,
-) -> None:
-    if on is None or off is None:
+def _plot_evaluation(figure: Figure, grid: Any, column: int, evaluation: Evaluation) -> None:
+    if not evaluation.pairs:
         axes = _axes(figure, grid[:, column])
-        _plot_positions(axes, on, off)
+        _plot_positions(axes, evaluation)
         axes.set_xlabel("tokens of the document already read", fontsize=12)
         return
     axes = _axes(figure, grid[0, column])
-    _plot_positions(axes, on, off)
+    _plot_positions(axes, evaluation)
     axes.tick_params(labelbottom=False)
-    _plot_savings(_axes(figure, grid[1, column], axes), on, off)
+    _plot_differences(_axes(figure, grid[1, column], axes), evaluation)
 
 
-def _plot_positions(axes: Axes, on: PositionLosses | None, off: PositionLosses | None) -> None:
-    first = on or off
-    assert first is not None
-    axes.set_title("held-out loss by position", fontsize=13, loc="left")
+def _plot_positions(axes: Axes, evaluation: Evaluation) -> None:
+    first = evaluation.columns[0]
+    axes.set_title("held-out loss", fontsize=13, loc="left")
     axes.set_ylabel("nats per token", fontsize=12)
     centres = _centres(first.edges)
-    for losses, color, marker in ((off, _OFF, "s"), (on, _ON, "o")):
-        if losses is not None:
-            label = f"memory {'on' if losses.memory else 'off'}"
-            axes.plot(centres, losses.means, color=color, marker=marker, label=label, linewidth=2)
+    by_condition = {losses.condition: losses for losses in evaluation.columns}
+    for condition, style in _STYLES.items():
+        if condition in by_condition:
+            means, label = by_condition[condition].means, LABELS[condition]
+            axes.plot(centres, means, label=label, linewidth=2, **style)
+    _add_perplexity(axes)
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xlim(centres[0] / 1.5, first.edges[-1] * 1.05)
@@ -179,8 +181,8 @@ def _plot_positions(axes: Axes, on: PositionLosses | None, off: PositionLosses |
     # Beside the title, where no curve can run.
     axes.legend(
         frameon=False,
-        fontsize=12,
-        ncols=2,
+        fontsize=12 if len(by_condition) < 4 else 10,
+        ncols=len(by_condition),
         loc="lower right",
         bbox_to_anchor=(1.0, 0.98),
         borderaxespad=0.0,
@@ -189,23 +191,53 @@ def _plot_positions(axes: Axes, on: PositionLosses | None, off: PositionLosses |
     )
 
 
-def _plot_savings(axes: Axes, on: PositionLosses, off: PositionLosses) -> None:
-    """Draw the difference alone: loss itself varies more between documents than it falls."""
-    saved = [forgot - kept for kept, forgot in zip(on.means, off.means, strict=True)]
-    centres = _centres(on.edges)
+def _add_perplexity(axes: Axes) -> None:
+    """Add a scale of perplexity, exp(loss), on the right: the same curves read twice."""
+    right = axes.secondary_yaxis(
+        "right",
+        functions=(
+            lambda x: np.exp(np.clip(x, -700, 700)),
+            lambda x: np.log(np.maximum(x, 1e-300)),
+        ),
+    )
+    right.set_ylabel("perplexity", fontsize=12)
+    right.spines["right"].set_visible(False)
+    right.tick_params(labelsize=12)
+    right.yaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
+
+
+def _plot_differences(axes: Axes, evaluation: Evaluation) -> None:
+    """Draw the differences alone: loss itself varies more between documents than it falls."""
+    first = evaluation.columns[0]
+    centres = _centres(first.edges)
     axes.axhline(0.0, color=_FAINT, linewidth=1)
-    axes.plot(centres, saved, color=_ON, marker="o", linewidth=2)
-    axes.fill_between(centres, saved, color=_ON, alpha=0.15, linewidth=0)
-    axes.axvline(on.segment_len, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.margins(y=0.25)
+    for on, other in evaluation.pairs:
+        changes = [theirs - mine for mine, theirs in zip(on.means, other.means, strict=True)]
+        style = _STYLES[other.condition]
+        axes.plot(centres, changes, linewidth=2, **style)
+        found = [difference(on, other, bucket=i) for i in range(len(centres))]
+        spans = [
+            (d.low, d.high) if d and d.low is not None and d.high is not None else (c, c)
+            for d, c in zip(found, changes, strict=True)
+        ]
+        low, high = zip(*spans, strict=True)
+        axes.fill_between(centres, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    # As high as the lines need: intervals of short buckets would make them flat.
+    ends = [*(value for line in axes.get_lines()[1:] for value in _finite(line.get_ydata())), 0.0]
+    room = max(0.5 * (max(ends) - min(ends)), 1e-6)
+    axes.set_ylim(min(ends) - room, max(ends) + room)
     axes.set_xlabel("tokens of the document already read", fontsize=12)
-    axes.set_ylabel("off − on", fontsize=12)
-    found = gain(on, off)
-    text = "saved by the memory"
-    if found is not None:
-        error = f" ± {found.error:.3f}" if found.error is not None else ""
-        text = f"saved beyond the first segment: {found.mean:.3f}{error} nats per token"
+    axes.set_ylabel("nats per token", fontsize=12)
+    verdict = judge(evaluation)
+    text = "difference from memory on, 95 % intervals"
+    if verdict is not None:
+        text += f" | memory used: {verdict.used}"
     axes.set_title(text, fontsize=13, loc="left")
+    axes.axvline(first.segment_len, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
+
+
+def _finite(values: Any) -> list[float]:
+    return [float(value) for value in values if math.isfinite(value)]
 
 
 def _mark_first_segment(axes: Axes, first: PositionLosses) -> None:

@@ -1,4 +1,4 @@
-"""Losses by position in the document, and what they say about a memory.
+"""Losses by position in the document, with the memory on, off and shuffled.
 
 The position of a prediction is the number of its document's tokens that the model had read
 before the one it predicts from: 0 for a document's first token. A document that a lane enters
@@ -9,24 +9,48 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from train.rates import aligned
+
+Condition = Literal["on", "off", "shuffled", "beyond"]
+"""How the past was handed on. on: by the memory. off: not at all, no window either. shuffled:
+each segment was read with the state of a stream in another document. beyond: the same, but for
+the window's keys, which stayed the stream's own."""
+
+LABELS: dict[Condition, str] = {
+    "on": "memory on",
+    "off": "memory off",
+    "shuffled": "shuffled",
+    "beyond": "own window",
+}
+SHORT: dict[Condition, str] = {"on": "on", "off": "off", "shuffled": "shuffled", "beyond": "own w."}
+
+
+class Part(NamedTuple):
+    """What one passage has in one bucket beyond its first segment."""
+
+    passage: int
+    bucket: int
+    loss: float  # summed, nats
+    tokens: int
 
 
 @dataclass(frozen=True)
 class PositionLosses:
-    """Summed losses of one evaluation, over all ranks.
+    """Summed losses of one evaluation under one condition, over all ranks.
 
-    Bucket i holds positions edges[i] to edges[i + 1] - 1. `passages` has, for each passage that
-    goes on beyond its first segment, in the order read, the loss summed there and its tokens; a
-    passage is a document, or the part of one that one lane reads.
+    Bucket i holds positions edges[i] to edges[i + 1] - 1. `parts`: beyond the first segment, in
+    the order read; a passage is a document, or the part of one that one lane reads.
     """
 
-    memory: bool
+    condition: Condition
     segment_len: int
     edges: tuple[int, ...]
     sums: tuple[float, ...]
     counts: tuple[int, ...]
-    passages: tuple[tuple[float, int], ...]
+    parts: tuple[Part, ...]
 
     @property
     def tokens(self) -> int:
@@ -41,28 +65,88 @@ class PositionLosses:
     @property
     def perplexity(self) -> float:
         """exp(loss), inf where that is too large for a float."""
-        return math.exp(self.loss) if not self.loss > 700 else math.inf
+        return perplexity(self.loss)
 
     @property
     def means(self) -> tuple[float, ...]:
         """Mean loss of each bucket; nan for an empty one."""
         return tuple(_mean(*pair) for pair in zip(self.sums, self.counts, strict=True))
 
+    @cached_property
+    def passages(self) -> tuple[tuple[float, int], ...]:
+        """Loss and tokens beyond the first segment of each passage that goes on there."""
+        found: dict[int, tuple[float, int]] = {}
+        for part in self.parts:
+            loss, tokens = found.get(part.passage, (0.0, 0))
+            found[part.passage] = (loss + part.loss, tokens + part.tokens)
+        return tuple(found.values())
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values; null where a number is not finite."""
         buckets = [
-            {"first": first, "last": after - 1, "tokens": count, "loss": _finite(mean)}
+            {
+                "first": first,
+                "last": after - 1,
+                "tokens": count,
+                "loss": finite(mean),
+                "perplexity": finite(perplexity(mean)),
+            }
             for first, after, count, mean in zip(
                 self.edges, self.edges[1:], self.counts, self.means, strict=False
             )
         ]
         return {
-            "memory": "on" if self.memory else "off",
+            "memory": self.condition,
             "segment_len": self.segment_len,
             "tokens": self.tokens,
-            "loss": _finite(self.loss),
-            "perplexity": _finite(self.perplexity),
+            "loss": finite(self.loss),
+            "perplexity": finite(self.perplexity),
             "positions": buckets,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One reading of held-out documents, token by token the same under each condition.
+
+    `paired` is memory on over the tokens of `shuffled` alone: where no stream of the group was
+    in another document, there was nothing to shuffle with. `unshuffled` says why `shuffled` is
+    missing. tokens_per_s: read with the memory on, all ranks; nan where not measured.
+    state_bytes: the most that one stream carried on this rank.
+    """
+
+    on: PositionLosses | None = None
+    off: PositionLosses | None = None
+    shuffled: PositionLosses | None = None
+    beyond: PositionLosses | None = None
+    paired: PositionLosses | None = None
+    unshuffled: str | None = None
+    tokens_per_s: float = math.nan
+    state_bytes: int = 0
+
+    @property
+    def columns(self) -> list[PositionLosses]:
+        """The conditions that were measured, in order."""
+        found = (self.on, self.off, self.shuffled, self.beyond)
+        return [losses for losses in found if losses is not None]
+
+    @property
+    def pairs(self) -> list[tuple[PositionLosses, PositionLosses]]:
+        """(memory on, another condition) over the same tokens, for each that can be compared."""
+        candidates = (
+            (self.on, self.off),
+            (self.paired, self.shuffled),
+            (self.paired, self.beyond),
+        )
+        return [(on, other) for on, other in candidates if on is not None and other is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "evaluations": [losses.to_json() for losses in self.columns],
+            "not_shuffled_because": self.unshuffled,
+            "tokens_per_s": finite(self.tokens_per_s),
+            "state_bytes": self.state_bytes,
         }
 
 
@@ -74,83 +158,39 @@ def bucket_edges(segment_len: int, longest: int) -> tuple[int, ...]:
     return tuple(sorted(set(edges)))
 
 
-class Gain(NamedTuple):
-    """What the memory saves beyond the first segment: nats a token, with its standard error."""
-
-    mean: float
-    error: float | None  # None: of fewer than two passages
-    passages: int
-    tokens: int
-
-
-def gain(on: PositionLosses, off: PositionLosses) -> Gain | None:
-    """Return loss(memory off) - loss(memory on) where a past exists to be remembered.
-
-    The difference is taken token by token. Tokens of one passage are no independent samples, so
-    the standard error is over passages (a ratio estimate, clustered by passage). None where no
-    document goes on beyond its first segment.
-    """
-    assert on.counts == off.counts, "both runs must read the same tokens"
-    tokens = [count for _, count in on.passages]
-    saved = [forgot[0] - kept[0] for kept, forgot in zip(on.passages, off.passages, strict=True)]
-    total, passages = sum(tokens), len(tokens)
-    if not total:
-        return None
-    mean = sum(saved) / total
-    if passages < 2:
-        return Gain(mean, None, passages, total)
-    squares = sum((d - mean * n) ** 2 for d, n in zip(saved, tokens, strict=True))
-    error = math.sqrt(squares * passages / (passages - 1)) / total
-    return Gain(mean, error, passages, total)
-
-
-def describe_gain(on: PositionLosses, off: PositionLosses) -> str:
-    """Return the gain in one line of words."""
-    found = gain(on, off)
-    if found is None:
-        return "no document goes on beyond its first segment: nothing shows the memory's worth"
-    error = f" +- {found.error:.4f}" if found.error is not None else ""
-    noun = "passage" if found.passages == 1 else "passages"
-    return (
-        f"{found.mean:+.4f}{error} nats a token beyond the first segment"
-        f" ({found.tokens:,} tokens of {found.passages:,} {noun})"
-    )
-
-
-def table(on: PositionLosses | None, off: PositionLosses | None) -> str:
-    """Return an aligned table: one line a bucket, one column for each evaluation given."""
-    first = on or off
-    assert first is not None
-    both = on is not None and off is not None
-    columns = [losses for losses in (on, off) if losses is not None]
-    heads = ["position", "tokens", *(f"memory {'on' if c.memory else 'off'}" for c in columns)]
-    rows = [heads + ["off - on"] * both]
-    for i, count in enumerate(first.counts):
-        means = [column.means[i] for column in columns]
-        rows.append([_range(first.edges, i), f"{count:,}", *_cells(means)])
-    rows.append(["all", f"{first.tokens:,}", *_cells([column.loss for column in columns])])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-
-
-def _cells(means: list[float]) -> list[str]:
-    cells = [f"{mean:.4f}" if math.isfinite(mean) else "-" for mean in means]
-    if len(means) == 2:
-        difference = means[1] - means[0]
-        cells.append(f"{difference:+.4f}" if math.isfinite(difference) else "-")
-    return cells
-
-
-def _range(edges: tuple[int, ...], i: int) -> str:
+def bucket_name(edges: tuple[int, ...], i: int) -> str:
+    """Return a bucket's positions in words: 64 - 127."""
     return f"{edges[i]:,} - {edges[i + 1] - 1:,}"
+
+
+def table(evaluation: Evaluation) -> str:
+    """Return an aligned table: a line a bucket, a column a condition, then the differences."""
+    columns, pairs = evaluation.columns, evaluation.pairs
+    heads = ["position", "tokens", *(LABELS[column.condition] for column in columns)]
+    rows = [heads + [f"{SHORT[other.condition]} - on" for _, other in pairs]]
+    for i, count in enumerate(columns[0].counts):
+        cells = [_cell(column.means[i]) for column in columns]
+        cells += [_cell(other.means[i] - on.means[i], "+") for on, other in pairs]
+        rows.append([bucket_name(columns[0].edges, i), f"{count:,}", *cells])
+    cells = [_cell(column.loss) for column in columns]
+    cells += [_cell(other.loss - on.loss, "+") for on, other in pairs]
+    rows.append(["all", f"{columns[0].tokens:,}", *cells])
+    return aligned(rows)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), inf where that is too large for a float."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+def finite(x: float) -> float | None:
+    """Return x, None for nan and infinities: JSON has neither."""
+    return x if math.isfinite(x) else None
+
+
+def _cell(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if math.isfinite(value) else "-"
 
 
 def _mean(total: float, count: int) -> float:
     return total / count if count else math.nan
-
-
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None

@@ -14,21 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data.loader import load
 from data.streams import Streams
-from model.decoder import Output
-from model.memory.base import State, named_tensors
+from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
 from train.config import Config, dump
 from train.describe import describe_run
-from train.evaluate import choose_lanes, evaluate
+from train.held_out import HeldOut, count_parameters
 from train.inputs import Inputs, open_inputs
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
-from train.positions import PositionLosses
 from train.progress import Progress, Status
 from train.resume import RunFolder, set_aside
 from train.signals import StopRequest
@@ -91,6 +88,7 @@ class Pretraining:
                 )
             )
             self.tracker = self._open_tracker(stack)
+            self.held_out = self._open_held_out()
             self._announce(state)
             finished = self._train(state)
             if self.folder.saved_at != state.step:
@@ -136,8 +134,9 @@ class Pretraining:
                     self._save(state)
                 if state.step == config.train.steps:
                     break  # the last evaluation is `_finish`'s
-                if config.train.eval_every and state.step % config.train.eval_every == 0:
-                    self._evaluate(state, memory=True)
+                every = config.train.eval_every
+                if self.held_out and every and state.step % every == 0:
+                    self.held_out.evaluate(state.step, compare=config.train.eval_compare)
                 if self.stop.agreed(self.mesh.device):
                     return False
                 began = time.perf_counter()
@@ -204,53 +203,23 @@ class Pretraining:
         self.progress.say(f"saved {path} in {seconds:.2f} s")
         self.tracker.metrics({"save_s": seconds}, state.step)
 
-    def _evaluate(self, state: TrainState, *, memory: bool) -> PositionLosses | None:
-        if self.inputs.valid is None:
-            return None
-        config, valid = self.config, self.inputs.valid
-        losses = evaluate(
-            self._forward,
-            valid,
-            segment_len=config.data.segment_len,
-            segments=config.num_segments,
-            lanes=choose_lanes(len(valid.lengths), config.train.batch_size, self.mesh.dp),
-            tokens=config.train.eval_tokens,
-            memory=memory,
-            mesh=self.mesh,
-            layout=self.built.layout,
-            micro_batch=config.train.micro_batch,
-        )
-        name = "valid/loss" if memory else "valid/loss_memory_off"
-        self.tracker.metrics({name: losses.loss}, state.step)
-        self.progress.say(f"step {state.step} | {name} {losses.loss:.4f}")
-        return losses
-
-    def _forward(
-        self,
-        tokens: Tensor,
-        starts: Tensor,
-        state: list[State] | None,
-        labels: Tensor,
-        scale: Tensor,
-    ) -> Output:
-        result: Output = self.built.engine(tokens, starts, state, labels=labels, scale=scale)
-        return result
-
     def _finish(self, state: TrainState) -> None:
-        on = self._evaluate(state, memory=True)
-        carries = self.config.model.memory.name != "none"
-        off = self._evaluate(state, memory=False) if carries else None
+        held_out = self.held_out
+        evaluation = held_out.evaluate(state.step, compare=True) if held_out else None
         if not self.first:
             return
         history = self.folder.history()
-        picture = plot(self.folder.path, history=history, on=on, off=off, title=self._title())
+        picture = plot(
+            self.folder.path, history=history, evaluation=evaluation, title=self._title()
+        )
         self.tracker.artifact(picture)
+        if held_out is not None and evaluation is not None:
+            held_out.report(state.step, evaluation, self._title(), self.folder.path)
         self.folder.finish()
         text = summarise(
             self.folder.path,
             history=history,
-            on=on,
-            off=off,
+            evaluation=evaluation,
             formula=FORMULA_NAME,
             peak_source=self.peak.source,
             checkpoint=self.folder.checkpoints / f"step-{state.step:08d}",
@@ -258,6 +227,12 @@ class Pretraining:
             continue_command=continue_command(steps=2 * self.config.train.steps),
         )
         self.progress.say(text)
+
+    def _open_held_out(self) -> HeldOut | None:
+        if self.inputs.valid is None:
+            return None
+        shared = (self.inputs.valid, self.built, self.mesh, self.tracker, self.progress.say)
+        return HeldOut(self.config, *shared)
 
     def _open_tracker(self, stack: contextlib.ExitStack) -> Tracker | NoTracker:
         tracking = self.config.tracking
@@ -285,7 +260,7 @@ class Pretraining:
             return
         config, mesh = self.config, self.mesh
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.built.model.parameters())
+        parameters = count_parameters(self.built)
         self.progress.say(
             f"{self._title()} | {mesh.world_size} ranks on {mesh.device.type}"
             f" | {parameters / 1e6:.2f}M parameters a TP rank"
@@ -316,7 +291,9 @@ def memory_norms(state: TrainState) -> dict[str, float]:
     squares: dict[str, list[float]] = {}
     for name, tensor in named_tensors(state.memory.get(0, []), "memory").items():
         if tensor.is_floating_point() and tensor.numel():
-            kind = "memory/rms_" + name.split("/", 2)[2].replace("/", "_")
+            # memory/layers/3/parts/fam/slots is fam_slots, memory/stack/bank is bank
+            words = [word for word in name.split("/")[2:] if word != "parts" and not word.isdigit()]
+            kind = "memory/rms_" + "_".join(words)
             squares.setdefault(kind, []).append(tensor.float().square().mean().item())
     return {kind: math.sqrt(sum(values) / len(values)) for kind, values in squares.items()}
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from model.decoder import Decoder
-from model.interfaces import Segments
-from model.memory.base import State, named_tensors
+from model.memory.base import Carried, State, named_parts, named_tensors
 from parallel.mesh import Mesh
 from parallel.tensor import cut_of
 from train.build import Built, to_compute_config, to_model_config
@@ -106,7 +105,11 @@ def read_model(folder: Path) -> tuple[Decoder, Config]:
 
     folder: a checkpoint, or a run for its newest good one. Raises ValueError where there is none.
     """
-    path, manifest = choose_checkpoint(folder)
+    return load_model(*choose_checkpoint(folder))
+
+
+def load_model(path: Path, manifest: Manifest) -> tuple[Decoder, Config]:
+    """Return the model of a checkpoint that was chosen, and its configuration; see read_model."""
     config = validate(manifest.config, source=str(path / "manifest.json"))
     with torch.device("meta"):
         model = Decoder(
@@ -125,14 +128,11 @@ def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
     return {"tp": mesh.tp, "cp": mesh.cp, "dp": mesh.dp, "zero": config.parallel.zero}
 
 
-def empty_state(model: Decoder) -> list[State]:
+def empty_state(model: Decoder) -> Carried:
     """Return the state of one stream that has read nothing: a template of names and types."""
     token = torch.zeros((1, 1, 1), dtype=torch.int64, device=next(model.parameters()).device)
-    segments: Segments = model.segments(
-        token.expand(1, 1, 2), torch.ones_like(token[..., 0], dtype=torch.bool), None
-    )
-    like = torch.zeros((), dtype=next(model.parameters()).dtype, device=token.device)
-    return [block.mixer.empty(block, segments, like) for block in model.layers()]
+    starts = torch.ones_like(token[..., 0], dtype=torch.bool)
+    return model.empty(model.segments(token.expand(1, 1, 2), starts, fresh=True))
 
 
 def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
@@ -141,7 +141,8 @@ def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
         if prefix not in tensors:
             raise BadCheckpoint(f"no {prefix} in the checkpoint: saved with another memory")
         return tensors[prefix].to(template.dtype)  # another one where train.precision was changed
-    if isinstance(template, list):
-        return [_fill(part, tensors, f"{prefix}/{i}") for i, part in enumerate(template)]
-    named = template._asdict().items()
-    return type(template)(*(_fill(part, tensors, f"{prefix}/{name}") for name, part in named))
+    filled = {n: _fill(part, tensors, f"{prefix}/{n}") for n, part in named_parts(template)}
+    if isinstance(template, dict):
+        return filled
+    values = filled.values()
+    return list(values) if isinstance(template, list) else type(template)(*values)

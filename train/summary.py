@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import median
 
 from train.picture import PICTURE, Row, known, plot, tidy
-from train.positions import PositionLosses, describe_gain, table
+from train.positions import LABELS, Evaluation, table
 from train.progress import percent, short
+from train.report import REPORT
+from train.verdict import judge
 
 __all__ = ["plot", "summarise"]
 
@@ -17,8 +19,7 @@ def summarise(
     run_dir: Path,
     *,
     history: Sequence[Row],
-    on: PositionLosses | None = None,
-    off: PositionLosses | None = None,
+    evaluation: Evaluation | None = None,
     formula: str,
     peak_source: str,
     checkpoint: Path | None,
@@ -27,9 +28,9 @@ def summarise(
 ) -> str:
     """Return the last lines a run prints.
 
-    history: the rows of the log, in the order written. on, off: held-out losses with the memory
-    and without. formula, peak_source: the names that belong to the MFU. tracking: where the
-    metrics are. continue_command: what goes on from here, or evaluates further.
+    history: the rows of the log, in the order written. evaluation: held-out losses, with the
+    verdict on the memory. formula, peak_source: the names that belong to the MFU. tracking: where
+    the metrics are. continue_command: what goes on from here, or evaluates further.
     """
     rows = tidy(history)
     lines: list[tuple[str, str]] = []
@@ -39,21 +40,22 @@ def summarise(
         if first is not last:
             text += f" (step {first['step']:,}: {first['loss']:.4f})"
         lines.append(("training loss", text))
-    for losses in (on, off):
-        if losses is not None:
-            name = f"held-out, memory {'on' if losses.memory else 'off'}"
-            text = f"{losses.loss:.4f}, perplexity {losses.perplexity:.2f}"
-            lines.append((name, f"{text}, {losses.tokens:,} tokens"))
-    if on is not None and off is not None:
-        lines.append(("memory's gain", describe_gain(on, off)))
+    for losses in evaluation.columns if evaluation else []:
+        text = f"{losses.loss:.4f}, perplexity {losses.perplexity:.2f}"
+        name = f"held-out, {LABELS[losses.condition]}"
+        lines.append((name, f"{text}, {losses.tokens:,} tokens"))
+    verdict = judge(evaluation) if evaluation else None
+    if verdict is not None:
+        lines += [*verdict.lines(), ("memory used", f"{verdict.used}: {verdict.reason}")]
     lines += _speed(rows, formula, peak_source)
-    places = [("checkpoint", checkpoint), ("picture", run_dir / PICTURE)]
+    report = run_dir / REPORT
+    places = [("checkpoint", checkpoint), ("picture", run_dir / PICTURE), ("report", report)]
     lines += [(name, str(path)) for name, path in places if path is not None and path.exists()]
     lines += [("tracking", tracking), ("continue", continue_command)]
     width = max(len(name) for name, _ in lines)
     blocks = ["\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)]
-    if on is not None or off is not None:
-        blocks.insert(0, f"loss by position in the document\n{table(on, off)}")
+    if evaluation is not None:
+        blocks.insert(0, f"loss by position in the document\n{table(evaluation)}")
     return "\n\n".join(blocks)
 
 

@@ -154,6 +154,7 @@ def test_config_prints_the_schema() -> None:
         (["pretran"], "Did you mean 'pretrain'?"),
         (["evaluate", "x", "--memory", "maybe"], "'maybe'"),
         (["evaluate", "x", "--tokens", "1Q"], "--tokens: expected a number of tokens"),
+        (["evaluate", "x", "--lengths", "1k,2Q"], "--lengths: expected a number of tokens"),
         (["prepare", "x"], "Missing option '--output'"),
         (["prepare", "x", "--output", "y", "--shard-tokens", "some"], "--shard-tokens: expected"),
         (
@@ -193,11 +194,28 @@ def test_prepares_complaints_have_no_traceback(tmp_path: Path) -> None:
 
 
 def test_evaluate_passes_its_options_on() -> None:
-    code = _STUBBED.format(name="train.evaluate")
-    done = longhaul("evaluate", "runs/a", "--memory", "off", "--tokens", "1k", code=code)
+    source = _STUBBED.replace("module.run = run", "module.run, module.Tasks = run, dict_of")
+    source = source.replace("def run(", "def dict_of(*a, **o):\n    return (a, o)\ndef run(")
+    code = source.format(name="train.evaluate")
+    words = [
+        "--memory",
+        "off",
+        "--tokens",
+        "1k",
+        "--tasks",
+        "passkey, recall",
+        "--lengths",
+        "1k,64",
+    ]
+    done = longhaul("evaluate", "runs/a", *words, "--prompts", "5", code=code)
     assert done.returncode == 7, done.stderr
+    tasks = (
+        (["passkey", "recall"], [1024, 64]),
+        {"prompts": 5, "seed": 0, "pubmedqa": None},
+    )
     assert done.stdout == (
-        "a [('data', None), ('memory', False), ('output', None), ('tokens', 1024)]\n"
+        "a [('data', None), ('memory', False), ('output', None), "
+        f"('tasks', {tasks}), ('tokens', 1024), ('track', False)]\n"
     )
 
 

@@ -73,6 +73,8 @@ def test_a_run_leaves_its_log_checkpoints_picture_and_done(finished: tuple[Path,
         "step-00000004",
     ]
     assert (run_dir / "summary.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("report.html", "report.json", "report.png"):
+        assert (run_dir / name).stat().st_size > 0
     assert (run_dir / "DONE").read_text() == "4\n"
     assert not (run_dir / "tracking").exists()
 
@@ -98,7 +100,9 @@ def test_the_run_says_what_it_is_and_how_to_go_on(finished: tuple[Path, str]) ->
     assert "step 3 | valid/loss " in text
     assert "step 4 | valid/loss_memory_off " in text
     assert f"saved {run_dir}/checkpoints/step-00000004" in text
-    assert "memory's gain" in text
+    assert "step 3 | valid/loss_memory_shuffled " in text
+    assert "step 4 | valid/loss_memory_beyond " in text  # it has a window
+    assert "WARNING: memory used: " in text  # after four steps
     assert "train.steps=8" in text.splitlines()[-1]
 
 
@@ -113,10 +117,12 @@ def test_the_run_folder_is_evaluated(finished: tuple[Path, str], tmp_path: Path)
     output = tmp_path / "loss.json"
     ended = longhaul("evaluate", run_dir, "--tokens", "256", "--output", output)
     assert ended.returncode == 0, ended.stderr
-    assert "memory on" in ended.stdout and "memory's gain: " in ended.stdout
+    assert "memory on" in ended.stdout and "shuffled - on: " in ended.stdout
+    assert "WARNING: memory used: " in ended.stderr
     values = json.loads(output.read_text())
-    assert [evaluation["memory"] for evaluation in values["evaluations"]] == ["on", "off"]
-    assert output.with_suffix(".png").exists()
+    conditions = [evaluation["memory"] for evaluation in values["evaluations"]]
+    assert conditions == ["on", "off", "shuffled", "beyond"]
+    assert output.with_suffix(".png").exists() and output.with_suffix(".html").exists()
     # one process with the joined weights finds what the run found at its end
     said = next(line for line in text.splitlines() if "step 4 | valid/loss " in line)
     assert values["evaluations"][0]["loss"] == pytest.approx(float(said.split()[-1]), abs=1e-4)
@@ -138,10 +144,12 @@ def test_a_tracked_run_has_everything_and_goes_on_under_its_id(
     for name in ("loss", "grad_norm", "lr", "tokens_per_s", "mfu"):
         assert history[name] == [[step, rows[step][name]] for step in (1, 2, 4)]
     assert {"save_s", "valid/loss", "valid/loss_memory_off"} <= history.keys()
+    assert {"valid/shuffled_minus_on_low", "valid/memory_used"} <= history.keys()
     assert any(name.startswith("memory/rms_slots") for name in history)
     expected = {"train.lr": "0.01", "model.memory.name": "fam", "train.batch_size": "4"}
     assert expected.items() <= run["params"].items()
     names = {"config.yaml", "environment.txt", "data_manifest.json", "summary.png"}
+    names |= {"report.html"}
     assert names <= run["files"].keys()
     assert all(run["files"][name] > 0 for name in names)
     assert {"formula.mfu", "peak", "host"} <= run["tags"].keys()

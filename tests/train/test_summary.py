@@ -11,7 +11,7 @@ import pytest
 
 from train.metrics import FORMULA_NAME
 from train.picture import plot, plot_evaluation, tidy
-from train.positions import PositionLosses, bucket_edges
+from train.positions import Condition, Evaluation, Part, PositionLosses, bucket_edges
 from train.summary import summarise
 
 
@@ -19,16 +19,25 @@ def row(step: int, loss: float | None, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": loss, "tokens_per_s": 1000.0, "mfu": 0.2} | more
 
 
-def losses(memory: bool, longest: int = 4096) -> PositionLosses:
+def losses(condition: Condition, longest: int = 4096) -> PositionLosses:
     edges = bucket_edges(256, longest)
     counts = tuple(100 * i for i in range(1, len(edges)))
-    gained = 0.1 if memory else 0.0
+    gained = 0.1 if condition == "on" else 0.0
     sums = tuple(
         (3 - gained * (edge >= 256)) * count for edge, count in zip(edges, counts, strict=False)
     )
-    late = sum(n for edge, n in zip(edges, counts, strict=False) if edge >= 256)
-    passages = tuple(((3 - gained) * late / 2, late // 2) for _ in range(2))
-    return PositionLosses(memory, 256, edges, sums, counts, passages)
+    parts = tuple(
+        Part(passage, bucket, (3 - gained) * count / 2, count // 2)
+        for passage in range(2)
+        for bucket, count in enumerate(counts)
+        if edges[bucket] >= 256
+    )
+    return PositionLosses(condition, 256, edges, sums, counts, parts)
+
+
+def evaluation() -> Evaluation:
+    on = losses("on")
+    return Evaluation(on, losses("off"), losses("shuffled"), losses("beyond"), paired=on)
 
 
 def text(run_dir: Path, **more: Any) -> str:
@@ -48,13 +57,15 @@ def text(run_dir: Path, **more: Any) -> str:
 
 
 def test_the_text_says_what_was_reached_and_how_to_go_on(tmp_path: Path) -> None:
-    lines = text(tmp_path, on=losses(True), off=losses(False)).splitlines()
+    lines = text(tmp_path, evaluation=evaluation()).splitlines()
     assert lines[0] == "loss by position in the document"
-    assert lines[1].split("  ")[-3:] == ["memory on", "memory off", "off - on"]
-    values = {line[:20].strip(): line[20:].strip() for line in lines[lines.index("") + 1 :]}
+    assert lines[1].split("  ")[-7:-4] == ["memory on", "memory off", "shuffled"]
+    pairs = (line.split("  ", 1) for line in lines[lines.index("") + 1 :])
+    values = {name: value.strip() for name, value in pairs}
     assert values["training loss"] == "2.5000 at step 30 (step 10: 5.5000)"
     assert values["held-out, memory off"].startswith("3.0000, perplexity 20.09, ")
-    assert values["memory's gain"].startswith("+0.1000 +- 0.0000 nats a token")
+    assert values["shuffled - on"].startswith("+0.1000 (95 % interval +0.1000 to +0.1000) nats")
+    assert values["memory used"].startswith("yes: ")
     assert values["throughput"] == "2.00M tokens/s"
     assert values["MFU"] == ("20% (causal mask-aware, no recomputation; peak: measured matmul)")
     assert values["checkpoint"] == str(tmp_path)
@@ -86,7 +97,7 @@ def test_rows_without_a_finite_loss_are_passed_over() -> None:
 @pytest.mark.parametrize("steps", [0, 3, 100])
 def test_the_picture_of_any_run_is_drawn(tmp_path: Path, steps: int) -> None:
     history = [row(10 * i, 3 + 2 / i) for i in range(1, steps + 1)]
-    path = plot(tmp_path, history=history, on=losses(True), off=losses(False), title="small")
+    path = plot(tmp_path, history=history, evaluation=evaluation(), title="small")
     assert path == tmp_path / "summary.png"
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert f"picture        {path}" in text(tmp_path)
@@ -94,10 +105,11 @@ def test_the_picture_of_any_run_is_drawn(tmp_path: Path, steps: int) -> None:
 
 def test_a_picture_needs_no_evaluation_and_an_evaluation_no_run(tmp_path: Path) -> None:
     assert plot(tmp_path, history=[row(10, 5.0)], title="small").exists()
-    only_off = plot_evaluation(tmp_path / "a" / "off.png", None, losses(False), title="x")
+    only_off = plot_evaluation(tmp_path / "a" / "off.png", Evaluation(off=losses("off")), title="x")
     assert only_off.exists()
-    short = losses(True, longest=200)  # no document beyond its first segment
-    assert plot_evaluation(tmp_path / "short.png", short, None, title="x").exists()
+    short = Evaluation(on=losses("on", longest=200))  # no document beyond its first segment
+    assert plot_evaluation(tmp_path / "short.png", short, title="x").exists()
+    assert plot_evaluation(tmp_path / "all.png", evaluation(), title="x").exists()
 
 
 def test_a_long_run_is_drawn_soon(tmp_path: Path) -> None:
