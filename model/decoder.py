@@ -312,7 +312,12 @@ class Decoder(nn.Module):
 
 
 def _instead(given: Any, own: Any) -> Any:
-    """Return given, shaped as own, with own in its graph."""
+    """Return given, shaped as own, with own in its graph; own where nothing is given."""
+    if isinstance(own, dict):
+        return {
+            name: _instead(given[name], part) if name in given else part
+            for name, part in own.items()
+        }
     if isinstance(own, Tensor):
         return given + 0 * own if own.is_floating_point() else given
     parts = [_instead(*pair) for pair in zip(given, own, strict=True)]

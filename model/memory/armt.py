@@ -4,11 +4,11 @@ m rows stand behind each segment's tokens. What they are after a layer is writte
 matrix by the delta rule; before the layer, every row of the next segment reads the matrix and adds
 what it finds. The memory of a layer depends on that layer alone.
 
-Keys are DPFP-3 features (Schlag et al. 2021), positive and sparse, of length 1 at most. Two departures from
-the paper, which writes all rows of a segment against the memory before it and divides by a running
-norm: rows are written one after the other (as one triangular solve), so no two similar keys of a
-segment overshoot; then no step lengthens the matrix, and no norm is needed. Queries, keys and
-values are maps of the row normalised: the residual stream's scale grows with depth.
+Keys are DPFP-3 features (Schlag et al. 2021), positive and sparse, of length 1 at most. Two
+departures from the paper, which writes all rows of a segment against the memory before it and
+divides by a running norm: rows are written one after the other (as one triangular solve), so no two
+similar keys of a segment overshoot; then no step lengthens the matrix, and no norm is needed.
+Queries, keys and values are maps of the row normalised: the residual stream grows with depth.
 """
 
 from __future__ import annotations
@@ -76,20 +76,20 @@ class ArmtMixer(Mixer):
         """Read, attend, write; for one segment (N = 1)."""
         assert rows is not None
         start = segments.starts[:, 0]
-        held = state.parts[0].matrix
+        held = state.parts["armt"].matrix
         memory = ArmtState(where_start(start, torch.zeros_like(held), held))
         x = self.read(x, memory, segments.length, segments.linears)
         rows = rows._replace(x=self.read(rows.x, memory, rows.frame.rows, segments.linears))
-        x, rows, after = super().mix(block, x, rows, segments, state._replace(parts=[]), [])
+        x, rows, after = super().mix(block, x, rows, segments, state._replace(parts={}), {})
         assert rows is not None
-        return x, rows, after._replace(parts=[self.write(rows, memory, segments)])
+        return x, rows, after._replace(parts={"armt": self.write(rows, memory, segments)})
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
         """Return a matrix of nothing."""
         wide = torch.promote_types(like.dtype, torch.float32)
         shape = (segments.batch, self.features, block.hidden_size)
         matrix = torch.zeros(shape, device=like.device, dtype=wide)
-        return super().empty(block, segments, like)._replace(parts=[ArmtState(matrix)])
+        return super().empty(block, segments, like)._replace(parts={"armt": ArmtState(matrix)})
 
     def read(self, x: Tensor, memory: ArmtState, per_stream: int, linears: Linears) -> Tensor:
         """Return rows x [rows, D] with what each finds added.
@@ -98,7 +98,7 @@ class ArmtMixer(Mixer):
         """
         asked = features(self.query(self._normed(x)).to(memory.matrix.dtype))
         if linears.scattered == 1:
-            found = (asked.unflatten(0, (-1, per_stream)) @ memory.matrix).flatten(0, 1)
+            found: Tensor = (asked.unflatten(0, (-1, per_stream)) @ memory.matrix).flatten(0, 1)
             return x + found.to(x.dtype)
         first, end, parts = linears.rank * len(x), (linears.rank + 1) * len(x), []
         while first < end:  # stream by stream

@@ -10,7 +10,7 @@ one by one (rmt, armt, hmt).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from model.fold import Piece
 from model.interfaces import Linears, Segments
 
 State = Any
-"""A layer's carried state: a NamedTuple of tensors, [B, ...] leading; returned, never mutated."""
+"""What is carried: tensors [B, ...] in NamedTuples, lists and dicts; returned, never mutated."""
 
 Initial = Any
 """What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
@@ -97,6 +97,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
         return function(state)
     if isinstance(state, list):
         return [map_tensors(function, part) for part in state]
+    if isinstance(state, dict):
+        return {name: map_tensors(function, part) for name, part in state.items()}
     return type(state)(*(map_tensors(function, part) for part in state))
 
 
@@ -104,11 +106,20 @@ def named_tensors(state: State, prefix: str) -> dict[str, Tensor]:
     """Return the state's tensors by path: `prefix/layers/0/window/k` is the first layer's keys."""
     if isinstance(state, Tensor):
         return {prefix: state}
-    parts = enumerate(state) if isinstance(state, list) else state._asdict().items()
     found: dict[str, Tensor] = {}
-    for name, part in parts:
+    for name, part in named_parts(state):
         found |= named_tensors(part, f"{prefix}/{name}")
     return found
+
+
+def named_parts(state: State) -> Iterable[tuple[Any, State]]:
+    """Return what a state is made of, one level down: (name or index, part)."""
+    if isinstance(state, list):
+        return enumerate(state)
+    if isinstance(state, dict):
+        return state.items()
+    fields: dict[str, State] = state._asdict()
+    return fields.items()
 
 
 def stack_segments(items: Items[Opened]) -> Opened:

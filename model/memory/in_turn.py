@@ -71,7 +71,7 @@ class InTurn(nn.Module):
 
     def initial(self, blocks: Any, linears: Linears) -> list[Initial]:
         """Return, for each block, what its parts begin a document with: there are none."""
-        return [[] for _ in blocks]
+        return [{} for _ in blocks]
 
     def handed_on(self, carried: Carried) -> None:
         """Return None: no random state passing."""

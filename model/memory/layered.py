@@ -44,20 +44,21 @@ class Layered(nn.Module):
         parts = {name: part.part(config, linears) for name, part in self._parts().items()}
         return Mixer(parts, config.rope_base, self.kernel)
 
-    def initial(self, blocks: Items[Block], linears: Linears) -> list[list[Initial]]:
+    def initial(self, blocks: Items[Block], linears: Linears) -> list[dict[str, Initial]]:
         """Return, for each block, what a document begins with in each part."""
-        found = [part.initial(blocks, linears) for part in self._parts().values()]
-        return [[part[i] for part in found] for i in range(len(blocks))]
+        found = {name: part.initial(blocks, linears) for name, part in self._parts().items()}
+        return [{name: part[i] for name, part in found.items()} for i in range(len(blocks))]
 
-    def handed_on(self, carried: Carried) -> list[list[Initial]] | None:
-        """Return what a document may begin with instead; see PartMemory.handed_on."""
-        found: list[list[Initial]] = []
-        for index, part in enumerate(self._parts().values()):
-            passed = part.handed_on([layer.parts[index] for layer in carried.layers])
-            found.append([[]] * len(carried.layers) if passed is None else passed)
-        if not any(any(passed) for passed in found):
+    def handed_on(self, carried: Carried) -> list[dict[str, Initial]] | None:
+        """Return what a document may begin with instead, of the parts that have it."""
+        found = {}
+        for name, part in self._parts().items():
+            passed = part.handed_on([layer.parts[name] for layer in carried.layers])
+            if passed is not None:
+                found[name] = passed
+        if not found:
             return None
-        return [[part[i] for part in found] for i in range(len(carried.layers))]
+        return [{name: part[i] for name, part in found.items()} for i in range(len(carried.layers))]
 
     def _parts(self) -> dict[str, PartMemory]:
         return {name: part for name, part in self.parts.items() if isinstance(part, PartMemory)}

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from model.interfaces import Segments
 from model.kernels import Kernel
-from model.memory.base import Block, Initial, Part, State, Tokens
+from model.memory.base import Block, Initial, Opened, Part, State, Tokens
 from model.memory.frame import Rows, read_rows, rows_keys, token_pieces
 from model.memory.window import WindowState, empty_window, read_tokens
 from model.rope import rope_tables, rotate
@@ -20,7 +20,7 @@ class MixerState(NamedTuple):
     """What a layer carries: its window, and the state of each of its parts."""
 
     window: WindowState
-    parts: list[State]
+    parts: dict[str, State]
 
 
 class Mixer(nn.Module):
@@ -36,7 +36,7 @@ class Mixer(nn.Module):
     @property
     def extra(self) -> int:
         """Features that the parts want of each key head's projection."""
-        return sum(part.extra for part in self._parts())
+        return sum(part.extra for part in self._parts().values())
 
     def mix(
         self,
@@ -56,7 +56,7 @@ class Mixer(nn.Module):
         opened, after = self._chains(block, segments, tokens, state.parts, initial)
         pieces = [
             piece
-            for part, read in zip(self._parts(), opened, strict=True)
+            for part, read in zip(self._parts().values(), opened, strict=True)
             if (piece := part.piece(segments, read)) is not None
         ]
         if rows is not None:
@@ -70,7 +70,7 @@ class Mixer(nn.Module):
             visible=tokens.visible,
             kernel=self.kernel,
         )
-        for part, read in zip(self._parts(), opened, strict=True):
+        for part, read in zip(self._parts().values(), opened, strict=True):
             attended = part.blend(tokens.raw.q, read, attended)
         if rows is not None:
             rows = read_rows(block, rows, keys, tokens.segment(0), segments)
@@ -81,22 +81,23 @@ class Mixer(nn.Module):
         block: Block,
         segments: Segments,
         tokens: Tokens,
-        states: list[State],
-        initial: list[Initial],
-    ) -> tuple[list[State], list[State]]:
-        opened, after, first = [], [], 0
-        for part, state, begin in zip(self._parts(), states, initial, strict=True):
+        states: dict[str, State],
+        initial: dict[str, Initial],
+    ) -> tuple[list[Opened], dict[str, State]]:
+        opened, after, first = [], {}, 0
+        for name, part in self._parts().items():
             wanted = slice(first, first + part.extra)
             first += part.extra
             raw = tokens.raw._replace(extra=tokens.raw.extra[..., wanted])
-            read, new = part.chain(block, segments, tokens._replace(raw=raw), state, begin)
+            read, after[name] = part.chain(
+                block, segments, tokens._replace(raw=raw), states[name], initial[name]
+            )
             opened.append(read)
-            after.append(new)
         return opened, after
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
         """Return the state of streams that have read nothing (`like`: device and type)."""
-        parts = [part.empty(block, segments, like) for part in self._parts()]
+        parts = {name: part.empty(block, segments, like) for name, part in self._parts().items()}
         return MixerState(empty_window(segments, block, like), parts)
 
     def alone(self, block: Block, x: Tensor) -> Tensor:
@@ -109,5 +110,5 @@ class Mixer(nn.Module):
         out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return block.finish(x, out.squeeze(0).transpose(0, 1))
 
-    def _parts(self) -> list[Part]:
-        return [part for part in self.parts.values() if isinstance(part, Part)]
+    def _parts(self) -> dict[str, Part]:
+        return {name: part for name, part in self.parts.items() if isinstance(part, Part)}

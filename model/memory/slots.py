@@ -145,8 +145,9 @@ class CmabPart(SlotPart):
         """Return latents * keys / sqrt(K)."""
         wide = torch.promote_types(raw.k.dtype, torch.float32)
         scale = raw.k.shape[-1] ** -0.5
-        scores: Tensor = torch.einsum("bnshk,hmk->bnshm", raw.k.to(wide), self.latents.to(wide))
-        return scores * scale
+        keys = raw.k.to(wide) * scale
+        scores: Tensor = torch.einsum("bnshk,hmk->bnshm", keys, self.latents.to(wide))
+        return scores
 
 
 class Abc(PartMemory):

@@ -60,7 +60,7 @@ def test_a_stream_of_1000_segments_stays_bounded(kind: Any) -> None:
     model = build(config_of(memory), torch.float32)
     layers = stream(model, batch_of(1, 50, 2), 20).layers
     for block, state in zip(model.blocks, layers, strict=True):
-        carried = state.parts[0].slots / block.mixer.parts["fam"].carry.gain
+        carried = state.parts["fam"].slots / block.mixer.parts["fam"].carry.gain
         if kind == "norm":
             rms = carried.square().mean(-1).sqrt()
             assert torch.allclose(rms, torch.ones_like(rms), atol=1e-4)
@@ -72,14 +72,14 @@ def test_the_published_state_grows_with_every_segment() -> None:
     """Why `norm` and `latch` exist."""
     model = build(config_of(FamMemory(slots=3, state="paper")), torch.float32)
     short, long = (
-        stream(model, batch_of(1, 50, 2), n).layers[0].parts[0].slots.norm() for n in (1, 4)
+        stream(model, batch_of(1, 50, 2), n).layers[0].parts["fam"].slots.norm() for n in (1, 4)
     )
     assert long > 2 * short
 
 
 def passed_and_continued(
     memory: FamMemory,
-) -> tuple[Decoder, Batch, list[list[FamInitial]], Any]:
+) -> tuple[Decoder, Batch, list[dict[str, FamInitial]], Any]:
     """Slots handed on from one text, and a state that holds them as its own."""
     model, earlier = build(config_of(memory)), batch_of(2, 3, 4, seed=5)
     states = model(earlier.tokens, earlier.starts)[1]
@@ -88,9 +88,9 @@ def passed_and_continued(
     continued = [
         state._replace(
             window=state.window._replace(age=torch.zeros(2, dtype=torch.int64)),
-            parts=[FamState(initial.slots.expand(2, -1, -1), torch.zeros(2, dtype=torch.bool))],
+            parts={"fam": FamState(initial["fam"].slots.expand(2, -1, -1), torch.zeros(2).bool())},
         )
-        for (initial,), state in zip(passed, detach(states).layers, strict=True)
+        for initial, state in zip(passed, detach(states).layers, strict=True)
     ]
     return model, batch, passed, Carried(continued, [])
 
@@ -108,8 +108,8 @@ def test_a_document_given_slots_goes_on_from_them(memory: FamMemory) -> None:
 def test_slots_handed_on_are_the_first_streams_and_without_gradient(memory: FamMemory) -> None:
     model, batch = build(config_of(memory)), batch_of(2, 3, 4)
     states = model(batch.tokens, batch.starts)[1]
-    for (initial,), state in zip(model.memory.handed_on(states), states.layers, strict=True):
-        slots = state.parts[0].slots
+    for passed, state in zip(model.memory.handed_on(states), states.layers, strict=True):
+        initial, slots = passed["fam"], state.parts["fam"].slots
         assert torch.equal(initial.slots, slots[0])
         assert slots.requires_grad and not initial.slots.requires_grad
         assert not initial.fresh

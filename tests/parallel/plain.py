@@ -49,7 +49,7 @@ MEMORIES: dict[str, MemoryConfig] = {
 INIT_STD = {"rmt": 0.1, "rmt-causal": 0.1, "armt": 0.05, "hmt": 0.15, "hmt-stage-1": 0.1}
 BATCH, SEGMENTS, SEGMENT_LEN, VOCAB = 4, 4, 16, 90
 LEARNING_RATES = (4e-3, 2e-3, 3e-3)
-CLIP = 0.5
+CLIP = 0.3
 
 
 @dataclass(frozen=True)

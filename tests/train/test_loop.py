@@ -411,11 +411,11 @@ def test_a_memory_without_slots_passes_none(shards: Shards) -> None:
 def test_the_state_passed_on_is_the_first_lanes_on_all_ranks(shards: Shards) -> None:
     ranks = run_ranks(2, train_tiny, passing(shards, 1.0), 2)
     for layer in range(2):
-        first = ranks[0].state.memory[0].layers[layer].parts[0].slots[0]
-        assert not torch.equal(first, ranks[1].state.memory[0].layers[layer].parts[0].slots[0])
+        first = ranks[0].state.memory[0].layers[layer].parts["fam"].slots[0]
+        assert not torch.equal(first, ranks[1].state.memory[0].layers[layer].parts["fam"].slots[0])
         for rank in ranks:
-            assert torch.equal(rank.state.passed[layer][0].slots, first)
-            assert rank.state.passed[layer][0].fresh.item() is False
+            assert torch.equal(rank.state.passed[layer]["fam"].slots, first)
+            assert rank.state.passed[layer]["fam"].fresh.item() is False
 
 
 def test_passed_state_changes_what_documents_begin_with(shards: Shards) -> None:
