@@ -69,7 +69,8 @@ def run(
     model, config = load_model(folder, manifest)
     corpus = _open_corpus(model, config, data)
     answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
-    evaluation = _measure(model, config, corpus, tokens, _conditions(config, memory))
+    conditions = _conditions(config, memory)
+    evaluation = _measure(model, config, corpus, tokens, conditions, manifest.step)
     print(f"{folder} on {corpus.folder}\n\n{table(evaluation)}\n")
     say_verdict(evaluation, print, lambda text: print(text, file=sys.stderr))
     if config.model.memory.name == "none" and memory:
@@ -194,11 +195,13 @@ def _measure(
     corpus: Corpus,
     tokens: int | None,
     conditions: Sequence[Condition],
+    step: int,
 ) -> Evaluation:
     def forward(
         tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
     ) -> Output:
-        result: Output = model(tokens, starts, state, labels=labels, scale=scale)
+        # step: a memory that trains in stages is read as it was then
+        result: Output = model(tokens, starts, state, labels=labels, scale=scale, step=step)
         return result
 
     return measure(

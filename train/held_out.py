@@ -44,8 +44,18 @@ class HeldOut:
         """
         config = self.config
         compare = compare and config.model.memory.name != "none"
+
+        def forward(
+            tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
+        ) -> Output:
+            # step: a memory that trains in stages is read as it is now
+            result: Output = self.built.engine(
+                tokens, starts, state, labels=labels, scale=scale, step=step
+            )
+            return result
+
         evaluation = measure(
-            self._forward,
+            forward,
             self.corpus,
             segment_len=config.data.segment_len,
             segments=config.num_segments,
@@ -89,12 +99,6 @@ class HeldOut:
         report = Report(title=title, facts=facts, evaluation=evaluation, notes=notes)
         for path in write_files(folder / REPORT, report, about):
             self.tracker.artifact(path)
-
-    def _forward(
-        self, tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
-    ) -> Output:
-        result: Output = self.built.engine(tokens, starts, state, labels=labels, scale=scale)
-        return result
 
 
 def count_parameters(built: Built) -> int:

@@ -13,7 +13,19 @@ from data.index import Corpus
 from data.landmarks import insert_landmarks
 from data.shards import write_corpus
 from data.streams import Batch, Streams
-from model.config import FamMemory, MemoryConfig, ModelConfig, NoMemory, WindowMemory
+from model.config import (
+    AbcMemory,
+    ArmtMemory,
+    FamMemory,
+    HmtMemory,
+    InfiniMemory,
+    LandmarkMemory,
+    MemoryConfig,
+    ModelConfig,
+    NoMemory,
+    RmtMemory,
+    WindowMemory,
+)
 from model.decoder import Decoder, Output
 from model.init import initialise
 from model.local import FoldedSequence
@@ -34,6 +46,12 @@ MEMORIES = {
     "none": NoMemory(),
     "window": WindowMemory(segments=1),
     "fam": FamMemory(slots=4, window=1),
+    "infini": InfiniMemory("delta", window=1),
+    "abc": AbcMemory(slots=3),
+    "rmt": RmtMemory(slots=2),
+    "armt": ArmtMemory(slots=2, key_dim=4, window=1),
+    "hmt": HmtMemory(bank=5, sensory=2, search_dim=4),
+    "landmark": LandmarkMemory(block=4, window=1),
 }
 
 
@@ -255,17 +273,16 @@ def read_shuffled_slowly(model: Decoder, corpus: Corpus, keep_window: bool) -> d
                     continue
                 theirs = before[other]
                 if keep_window:
-                    theirs = [
-                        his._replace(window=mine.window)
-                        for his, mine in zip(theirs, before[lane], strict=True)
-                    ]
+                    layers = zip(theirs.layers, before[lane].layers, strict=True)
+                    kept = [his._replace(window=mine.window) for his, mine in layers]
+                    theirs = theirs._replace(layers=kept)
                 losses = model(tokens, starts, theirs, **options).token_losses
                 found[step, lane] = losses.sum().item()
         states, documents = after, [None if read is None else read.document for read in now]
     return found
 
 
-@pytest.mark.parametrize("name", ["window", "fam"])
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name != "none"])
 @pytest.mark.parametrize("segments", [1, 3])
 def test_shuffled_is_the_other_streams_state_in_place_of_the_own(
     name: str, segments: int, corpus: Corpus
@@ -281,8 +298,9 @@ def test_shuffled_is_the_other_streams_state_in_place_of_the_own(
     assert abs(total - sum(loss for loss, _ in found.paired.passages)) > 1e-3 * total
 
 
-def test_beyond_the_window_the_windows_keys_stay_the_own(corpus: Corpus) -> None:
-    model = make_model(MEMORIES["fam"])
+@pytest.mark.parametrize("name", ["fam", "infini", "armt"])
+def test_beyond_the_window_the_windows_keys_stay_the_own(name: str, corpus: Corpus) -> None:
+    model = make_model(MEMORIES[name])
     found = evaluate(forward_of(model), corpus, lanes=2)
     expected = read_shuffled_slowly(model, corpus, keep_window=True)
     assert found.beyond is not None and found.shuffled is not None

@@ -145,7 +145,7 @@ def test_a_tracked_run_has_everything_and_goes_on_under_its_id(
         assert history[name] == [[step, rows[step][name]] for step in (1, 2, 4)]
     assert {"save_s", "valid/loss", "valid/loss_memory_off"} <= history.keys()
     assert {"valid/shuffled_minus_on_low", "valid/memory_used"} <= history.keys()
-    assert any(name.startswith("memory/rms_slots") for name in history)
+    assert any(name.startswith("memory/rms_fam_slots") for name in history)
     expected = {"train.lr": "0.01", "model.memory.name": "fam", "train.batch_size": "4"}
     assert expected.items() <= run["params"].items()
     names = {"config.yaml", "environment.txt", "data_manifest.json", "summary.png"}
