@@ -99,7 +99,16 @@ def _has_rows(rows: slice, length: int) -> bool:
 
 class _Fold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How, *keys: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        other_out: Tensor | None,
+        other_lse: Tensor | None,
+        how: _How,
+        *keys: Tensor,
+    ) -> Tensor:
         reads = _Reads(q, k, how)
         queries = _heads_first(q)
         partial = Partial(queries)
@@ -125,16 +134,18 @@ class _Fold(torch.autograd.Function):
                     False,
                 )
                 partial.add(rows, out, _hide(lse, visible, float("-inf")))
+        if other_out is not None and other_lse is not None:
+            partial.add(ALL, _heads_first(other_out), other_lse.flatten(0, 1))
         assert partial.out is not None
         out = partial.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, partial.lse, *keys)
+        ctx.save_for_backward(q, k, v, other_out, other_lse, out, partial.lse, *keys)
         ctx.reads, ctx.how = reads, how
         return _heads_last(out, q.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *keys = ctx.saved_tensors
+        q, k, v, other_out, other_lse, out, lse, *keys = ctx.saved_tensors
         reads: _Reads = ctx.reads
         queries, dout = _heads_first(q), _heads_first(dout)
         dq = Sum(queries)
@@ -176,7 +187,21 @@ class _Fold(torch.autograd.Function):
             dq.add((ALL, ALL, rows), grads[0])
             dkeys += [_heads_last(g, q.shape[0]).to(q.dtype) for g in grads[1:]]
         dq_home = _heads_last(dq.result().to(q.dtype), q.shape[0])
-        return dq_home, dk.to(k.dtype), dv.to(v.dtype), None, *dkeys
+        others = _of_other(dout, out, lse, other_out, other_lse)
+        return dq_home, dk.to(k.dtype), dv.to(v.dtype), *others, None, *dkeys
+
+
+def _of_other(
+    dout: Tensor, out: Tensor, lse: Tensor, other_out: Tensor | None, other_lse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a result that was merged in: its share of dout, and of the rest."""
+    if other_out is None or other_lse is None:
+        return None, None
+    share = torch.exp(other_lse.flatten(0, 1) - lse)
+    wide = dout.to(share.dtype)
+    dlse = share * (wide * (_heads_first(other_out).to(share.dtype) - out)).sum(-1)
+    back = _heads_last(wide * share.unsqueeze(-1), other_out.shape[0])
+    return back.to(other_out.dtype), dlse.unflatten(0, other_lse.shape[:2])
 
 
 def fold(
@@ -189,16 +214,18 @@ def fold(
     layout: Layout,
     exchange: Exchange,
     kernel: Kernel | None = None,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return causal attention of each segment's tokens over their segment, the past and pieces.
 
     q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K]; visible [B, N, M] bool: may segment n read
     segment n - 1 - m (None: all may). S is this rank's slice. kernel: of token keys, where it is
-    not plain softmax. The result has q's shape and type.
+    not plain softmax. other: a result over other keys, out [B, N, S, H, K] and lse [B, N, H, S],
+    that is merged in. The result has q's shape and type.
     """
     how = _How(visible, _marks(pieces), layout, exchange, kernel)
     keys = _keys(pieces, q.dtype)
-    result: Tensor = _Fold.apply(q, k, v, how, *keys)  # type: ignore[no-untyped-call]
+    result: Tensor = _Fold.apply(q, k, v, *(other or (None, None)), how, *keys)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -36,6 +36,7 @@ class Sequence(Protocol):
         pieces: Items[Piece] = (),
         visible: Tensor | None = None,
         kernel: Kernel | None = None,
+        other: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return token attention over segment, past segments and pieces; see fold.fold."""
         ...

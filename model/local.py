@@ -34,10 +34,11 @@ class FoldedSequence:
         pieces: Items[Piece] = (),
         visible: Tensor | None = None,
         kernel: Kernel | None = None,
+        other: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return token attention; see fold.fold."""
         return fold(
-            q, k, v, pieces=pieces, visible=visible, kernel=kernel,
+            q, k, v, pieces=pieces, visible=visible, kernel=kernel, other=other,
             layout=self.layout, exchange=self.exchange,
         )  # fmt: skip
 

@@ -76,6 +76,8 @@ class Tokens(NamedTuple):
     v: Tensor
     visible: Tensor | None  # [B, N, M] bool
     raw: Projected  # of the N segments alone: [B, N, S, ...]
+    raw_k: Tensor  # [B, M + N, S, Hkv, K], not rotated
+    age: Tensor  # [B, N] int64: earlier segments of each one's document
 
     def segment(self, n: int) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and the values of segment n: [B, S, Hkv, K]."""
@@ -167,6 +169,13 @@ class Part(nn.Module):
 
     def piece(self, segments: Segments, opened: Opened) -> Piece | None:
         """Return the keys that tokens read beside their own, if the part has any."""
+        return None
+
+    def other(self, segments: Segments, opened: Opened, q: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what tokens read beside all keys, out [B, N, S, H, K] and lse [B, N, H, S].
+
+        q: the tokens' queries [B, N, S, H, K], not rotated.
+        """
         return None
 
     def blend(self, q: Tensor, opened: Opened, attended: Tensor) -> Tensor:

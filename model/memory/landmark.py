@@ -3,19 +3,129 @@
 The last position of every block of keys is a landmark. A query reads its own block token by token,
 and every earlier block through its landmark: the landmark's score is the block's weight, the
 block's own softmax says what is read in it. Blocks lie inside segments and inside ranks' slices.
+
+With `retrieve`, blocks that have left the window are kept, and each query reads the best of them
+(see retrieval): memory grows with the document, a block of keys at a time, on the host.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
 from model.config import LandmarkMemory, ModelConfig
+from model.interfaces import Linears, Segments
+from model.memory.base import Block, Initial, Part, PartMemory, Tokens
+from model.memory.block_store import BlockStore, append, empty_store, forget
 from model.memory.grouped import GroupedSoftmax
 from model.memory.layered import Layered
+from model.memory.retrieval import retrieve
+
+
+class StoresRead(NamedTuple):
+    """The stores that the tokens of each segment read."""
+
+    stores: list[BlockStore]
+
+
+class RetrievalPart(Part):
+    """The blocks of one layer that left its window."""
+
+    def __init__(self, memory: LandmarkMemory, linears: Linears) -> None:
+        super().__init__()
+        if memory.granularity == "heads" and linears.size > 1:
+            raise ValueError(
+                f"landmark.granularity=heads chooses over all heads, and tp={linears.size} has them"
+                " on several ranks; use token_and_head or tokens, or parallel.tp=1"
+            )
+        self.memory = memory
+
+    def empty(self, block: Block, segments: Segments, like: Tensor) -> BlockStore:
+        """Return a store without blocks."""
+        if segments.sequence.size > 1:
+            raise ValueError(
+                f"landmark.retrieve={self.memory.retrieve} keeps whole segments, and"
+                f" cp={segments.sequence.size} has them on several ranks; use parallel.cp=1"
+            )
+        key = like.new_empty(0, block.head_dim)
+        return empty_store(segments.batch, block.num_kv_heads, self.memory.block, key)
+
+    def open(
+        self, block: Block, segments: Segments, n: int, state: BlockStore, initial: Initial
+    ) -> tuple[BlockStore, None]:
+        """Return the store, its blocks hidden where a document starts."""
+        return forget(state, segments.starts[:, n]), None
+
+    def close(
+        self,
+        block: Block,
+        segments: Segments,
+        n: int,
+        opened: BlockStore,
+        rest: None,
+        tokens: Tokens,
+    ) -> BlockStore:
+        """Put the segment that leaves the window into the store."""
+        belongs = tokens.age[:, n] >= segments.window
+        return append(opened, tokens.raw_k[:, n], tokens.v[:, n], belongs=belongs)
+
+    def chain(
+        self,
+        block: Block,
+        segments: Segments,
+        tokens: Tokens,
+        state: BlockStore,
+        initial: Initial,
+    ) -> tuple[StoresRead, BlockStore]:
+        """Return the store before each segment, and after the last."""
+        found = []
+        for n in range(segments.num_segments):
+            opened, rest = self.open(block, segments, n, state, initial)
+            state = self.close(block, segments, n, opened, rest, tokens)
+            found.append(opened)
+        return StoresRead(found), state
+
+    def other(self, segments: Segments, opened: StoresRead, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each segment's queries read of the store before it."""
+        places = segments.window * segments.segment_len + torch.arange(segments.segment_len)
+        found = [
+            retrieve(
+                q[:, n],
+                store,
+                top_k=self.memory.retrieve,
+                places=places,
+                rope=segments.rope,
+                granularity=self.memory.granularity,
+            )
+            for n, store in enumerate(opened.stores)
+        ]
+        out = torch.stack([past.out.transpose(1, 2) for past in found], 1)
+        return out, torch.stack([past.lse for past in found], 1)
+
+
+class Retrieval(PartMemory):
+    """Nothing is shared over the layers."""
+
+    def __init__(self, config: ModelConfig, memory: LandmarkMemory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def part(self, config: ModelConfig, linears: Linears) -> Part:
+        """Return one layer's blocks."""
+        return RetrievalPart(self.memory, linears)
 
 
 class Landmark(Layered):
-    """The window's and the segment's keys, grouped by landmarks."""
+    """The keys of window and segment, grouped by landmarks, and blocks retrieved from before."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         assert isinstance(config.memory, LandmarkMemory)
         self.kernel = GroupedSoftmax(config.memory.block)
+
+    def made_of(self, config: ModelConfig) -> dict[str, PartMemory]:
+        """Return the store of blocks, if any are retrieved."""
+        assert isinstance(config.memory, LandmarkMemory)
+        return {"store": Retrieval(config, config.memory)} if config.memory.retrieve else {}

@@ -27,17 +27,21 @@ class Layered(nn.Module):
     """None, window, and every memory made of parts: all segments go through a layer at once."""
 
     in_turn = False
-    kernel: Kernel | None = None
+    kernel: Kernel | None = None  # of token keys, where it is not plain softmax
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.parts = nn.ModuleDict(self.made_of(config))
+
+    def made_of(self, config: ModelConfig) -> dict[str, PartMemory]:
+        """Return the memory's parts by name."""
         memory = config.memory
         parts: tuple[PartConfig, ...] = ()
         if isinstance(memory, ComposedMemory):
             parts = memory.parts
         elif isinstance(memory, PartConfig):
             parts = (memory,)
-        self.parts = nn.ModuleDict({part.name: PARTS[part.name](config, part) for part in parts})
+        return {part.name: PARTS[part.name](config, part) for part in parts}
 
     def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
         """Return the memory of one block."""

@@ -59,6 +59,11 @@ class Mixer(nn.Module):
             for part, read in zip(self._parts().values(), opened, strict=True)
             if (piece := part.piece(segments, read)) is not None
         ]
+        others = [
+            other
+            for part, read in zip(self._parts().values(), opened, strict=True)
+            if (other := part.other(segments, read, tokens.raw.q)) is not None
+        ]
         if rows is not None:
             keys = rows_keys(block, rows, segments)
             pieces += token_pieces(rows, keys, segments)
@@ -69,6 +74,7 @@ class Mixer(nn.Module):
             pieces=pieces,
             visible=tokens.visible,
             kernel=self.kernel,
+            other=others[0] if others else None,
         )
         for part, read in zip(self._parts().values(), opened, strict=True):
             attended = part.blend(tokens.raw.q, read, attended)

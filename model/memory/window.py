@@ -49,7 +49,7 @@ def read_tokens(
     visible = None
     if window:
         visible = age.unsqueeze(-1) > torch.arange(window, device=age.device)
-    return Tokens(q, rotated, v, visible, raw), after
+    return Tokens(q, rotated, v, visible, raw, k, age), after
 
 
 def document_age(starts: Tensor, before: Tensor) -> Tensor:
