@@ -43,6 +43,8 @@ IN_A_LAYER: dict[str, MemoryConfig] = {
     "infini-abc-cmab": compose([InfiniMemory("delta"), AbcMemory(slots=2), CmabMemory(latents=2)]),
     "landmark": LandmarkMemory(block=2),
     "landmark-window-2": LandmarkMemory(block=2, window=2),
+    "landmark-retrieve": LandmarkMemory(block=2, retrieve=2),
+    "landmark-window-1-retrieve-heads": LandmarkMemory(2, 1, 1, "heads"),
 }
 """All segments of a forward pass go through a layer at once."""
 

@@ -23,6 +23,7 @@ from model.memory.base import detach, named_tensors
 from tests.compare import assert_each, relative
 from tests.model.algorithm_2 import Algorithm2
 from tests.model.memories import MEMORIES
+from tests.model.slow import EXACT, assert_twin
 from tests.model.small import VOCAB, Batch, batch_of, build, config_of, gradients
 
 ALGORITHM_2 = {
@@ -35,9 +36,6 @@ MEMORY = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys(
 
 WITHOUT_PAST = (NoMemory(), LandmarkMemory(block=2))
 """Nothing of an earlier segment is read."""
-
-EXACT = 1e-10
-"""float64: rounding of a few thousand operations (1e-13 measured), with room."""
 
 
 def run(model: Decoder, batch: Batch, state: Any = None) -> Output:
@@ -259,6 +257,8 @@ def test_bfloat16_is_close_to_float32(memory: MemoryConfig) -> None:
     Ways back through a latch are the worst, which sharpens differences at each segment: 0.98
     measured there.
     """
+    if isinstance(memory, LandmarkMemory) and memory.retrieve:
+        memory = replace(memory, retrieve=16)  # all: which blocks are best may turn with rounding
     config, batch = config_of(memory, init_std=0.1), batch_of(2, 4, 6)
     narrow = build(config, torch.bfloat16)
     wide = build(config, torch.float32)
@@ -285,25 +285,13 @@ def test_the_state_accumulates_in_float32_under_bfloat16(memory: MemoryConfig) -
     model = build(config_of(memory), torch.bfloat16)
     for name, x in named_tensors(run(model, batch_of(1, 2, 4)).state, "").items():
         if x.is_floating_point():
-            keys_of_the_past = "/window/" in name or name.endswith(("/k", "/v"))
+            keys_of_the_past = "/window/" in name or name.endswith(("/k", "/v", "/landmarks"))
             assert x.dtype == (torch.bfloat16 if keys_of_the_past else torch.float32), name
 
 
 @pytest.mark.parametrize("memory", ALGORITHM_2.values(), ids=ALGORITHM_2.keys())
 def test_the_decoder_is_algorithm_2(memory: MemoryConfig) -> None:
     """Logits and every gradient against the paper's order: block by block, dense masks."""
-    config, batch = config_of(memory, num_layers=3), batch_of(2, 4, 5)
-    model = build(config)
-    output = run(model, batch)
-    output.loss.backward()
-    weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    slow = Algorithm2(config, weights)
-    logits = torch.stack([slow.logits(tokens) for tokens in batch.tokens])
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 2), batch.labels.flatten(), reduction="none", ignore_index=IGNORE
-    )
-    (losses.sum() * batch.scale).backward()
-    assert relative(logits_of(model, batch)[0], logits) < EXACT
-    assert relative(output.token_losses.flatten(), losses) < EXACT
-    expected = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-    assert_each(gradients(model), expected, EXACT)
+    batch = batch_of(2, 4, 5)
+    batch.starts[1, 2] = True
+    assert_twin(config_of(memory, num_layers=3), Algorithm2, batch)
