@@ -5,21 +5,19 @@ the weights: own norm, rotation, masks and attention over the concatenated rows 
 Without slots it is block sliding window attention, and without a window a plain Llama.
 """
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from model.config import FamMemory, ModelConfig
 from tests.model.dense import attend
+from tests.model.slow import Slow
 
 
-class Algorithm2:
+class Algorithm2(Slow):
     """The model of `config` with weights by the decoder's parameter names."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-        self.config, self.weights = config, weights
+        super().__init__(config, weights)
         self.fam = config.memory if isinstance(config.memory, FamMemory) else None
         self.num_slots = self.fam.slots if self.fam else 0
 
@@ -30,11 +28,11 @@ class Algorithm2:
         past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.config.num_layers)]
         rows = []
         for tau in range(count):
-            x = self.weights["embedding.weight"][tokens[tau]]
+            x = self.embed(tokens[tau])
             for layer in range(self.config.num_layers):
                 x, fam[layer] = self.block(layer, x, fam[layer], past[layer], tau, length)
-            rows.append(self.norm(x, "head.norm.weight") @ self.weights["head.output.weight"].T)
-        return torch.stack(rows)[..., : self.config.vocab_size]
+            rows.append(self.head(x))
+        return torch.stack(rows)
 
     def block(
         self,
@@ -52,7 +50,7 @@ class Algorithm2:
         fam_asks_at = fam_keys_at
         if self.fam and self.fam.query_position == "current":
             fam_asks_at = fam_keys_at + length
-        q, k, v = self.project(layer, torch.cat((fam, x)))
+        q, k, v, _ = self.project(layer, torch.cat((fam, x)))
         q = self.rotate(q, torch.cat((fam_asks_at, places)))
         k = self.rotate(k, torch.cat((fam_keys_at, places)))
 
@@ -79,48 +77,14 @@ class Algorithm2:
         mask = torch.ones(self.num_slots, self.num_slots, dtype=torch.bool)
         for layer in range(self.config.num_layers):
             found.append(rows)
-            q, k, v = self.project(layer, rows)
+            q, k, v, _ = self.project(layer, rows)
             out, _ = attend(self.rotate(q, places), self.rotate(k, places), v, mask)
             rows = self.finish(layer, rows, out)
         return found
 
-    def project(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q [T, H, K], K and V [T, Hkv, K]: for each kv head, its query heads, its k, its v."""
-        config = self.config
-        group = config.num_heads // config.num_kv_heads
-        h = self.norm(rows, f"blocks.{layer}.attention_norm.weight")
-        flat = h @ self.weights[f"blocks.{layer}.qkv.linear.weight"].T
-        grouped = flat.view(len(rows), config.num_kv_heads, group + 2, config.head_dim)
-        q = grouped[:, :, :group].reshape(len(rows), config.num_heads, config.head_dim)
-        return q, grouped[:, :, group], grouped[:, :, group + 1]
-
-    def finish(self, layer: int, residual: Tensor, attended: Tensor) -> Tensor:
-        """A = attended W + residual; FF(norm(A)) + A."""
-        weights, name = self.weights, f"blocks.{layer}"
-        a = attended.flatten(1) @ weights[f"{name}.output.weight"].T + residual
-        h = self.norm(a, f"{name}.ffn_norm.weight") @ weights[f"{name}.ffn.gate_up.weight"].T
-        gate, up = h[:, : self.config.ffn_size], h[:, self.config.ffn_size :]
-        return (functional.silu(gate) * up) @ weights[f"{name}.ffn.down.weight"].T + a
-
     def carry(self, layer: int, rows: Tensor) -> Tensor:
         """What is fed back of F_tau."""
-        if not self.fam or self.fam.state == "paper":
+        if not self.fam:
             return rows
-        gain = self.weights[f"blocks.{layer}.mixer.parts.fam.carry.gain"]
-        rms = (rows.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
-        if self.fam.state == "norm":
-            return gain * rows / rms
-        return gain * torch.tanh(self.fam.beta * rows / rms)
-
-    def norm(self, rows: Tensor, name: str) -> Tensor:
-        rms = (rows.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
-        return rows / rms * self.weights[name]
-
-    def rotate(self, x: Tensor, places: Tensor) -> Tensor:
-        """RoPE as complex numbers: x [T, H, K]."""
-        half = self.config.head_dim // 2
-        speed = torch.exp(-math.log(self.config.rope_base) * torch.arange(half).double() / half)
-        angles = places[:, None] * speed
-        turn = torch.polar(torch.ones_like(angles), angles)
-        z = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
-        return torch.cat((z.real, z.imag), -1)
+        gain = f"blocks.{layer}.mixer.parts.fam.carry.gain"
+        return self.carried(rows, self.fam.state, self.fam.beta, gain)
