@@ -113,7 +113,7 @@ class Head(nn.Module):
         assert isinstance(weight, Tensor)
         if labels is None:
             logits = hidden @ weight.t()
-            return logits[:, : self.vocab_size] if self.linears.size == 1 else logits
+            return logits[..., : self.vocab_size] if self.linears.size == 1 else logits
         assert scale is not None
         return chunked_loss(
             hidden,
@@ -169,6 +169,7 @@ class Decoder(nn.Module):
         passed: list[Initial] | None = None,
         step: int | None = None,
         weights: Tensor | None = None,
+        only: int | None = None,
     ) -> Any:
         """Return an Output; without labels (logits [B, N, S, V], state).
 
@@ -177,7 +178,8 @@ class Decoder(nn.Module):
         1 / the global number of targets; passed: what documents begin with instead of the
         memory's own start (random state passing); step: of training, for memories that train in
         stages (None: the last one); weights [B, N]: the log of how many segments like it each
-        segment stands for in what memories write (None: 1 each).
+        segment stands for in what memories write (None: 1 each); only: logits of this place in
+        the last segment alone, [B, 1, 1, V], on one device (-1: of the last token).
         """
         segments = self.segments(tokens, starts, fresh=state is None, weights=weights)
         before = state or self.empty(segments)
@@ -187,6 +189,8 @@ class Decoder(nn.Module):
             x, _, layers = self.through(self.embed(tokens), None, segments, before.layers, passed)
             after = Carried(layers, [])
         tied = self.embedding.weight if self.config.tie_embeddings else None
+        if only is not None:
+            return self.logits(self._in_order(x, tokens.shape)[:, -1:, [only]]), after
         if labels is None:
             logits = self.head(x, None, None, tied)
             return self._in_order(logits, tokens.shape), after
@@ -248,6 +252,12 @@ class Decoder(nn.Module):
     def normed(self, rows: Tensor) -> Tensor:
         """Return rows [rows, D] after the final norm."""
         result: Tensor = self.head.norm(rows)
+        return result
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits [..., V] of rows x [..., D] that left the last block."""
+        tied = self.embedding.weight if self.config.tie_embeddings else None
+        result: Tensor = self.head(x, None, None, tied)
         return result
 
     def layers(self) -> list[Block]:

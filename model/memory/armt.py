@@ -24,7 +24,7 @@ from model.layers import normalise, scattered
 from model.memory.base import Block, Initial
 from model.memory.frame import Frame, Rows
 from model.memory.in_turn import InTurn, Stack
-from model.memory.mixer import Mixer, MixerState
+from model.memory.mixer import Mixer, MixerState, OpenLayer
 from model.memory.scan import where_start
 
 ROLLS = 3
@@ -75,14 +75,35 @@ class ArmtMixer(Mixer):
     ) -> tuple[Tensor, Rows | None, MixerState]:
         """Read, attend, write; for one segment (N = 1)."""
         assert rows is not None
-        start = segments.starts[:, 0]
-        held = state.parts["armt"].matrix
-        memory = ArmtState(where_start(start, torch.zeros_like(held), held))
+        memory = self._begun(segments, state)
         x = self.read(x, memory, segments.length, segments.linears)
         rows = rows._replace(x=self.read(rows.x, memory, rows.frame.rows, segments.linears))
         x, rows, after = super().mix(block, x, rows, segments, state._replace(parts={}), {})
         assert rows is not None
         return x, rows, after._replace(parts={"armt": self.write(rows, memory, segments)})
+
+    def open(
+        self,
+        block: Block,
+        rows: Rows | None,
+        segments: Segments,
+        state: MixerState,
+        initial: Initial,
+    ) -> tuple[Rows | None, OpenLayer]:
+        """Return what tokens of the next segment read; no row stands before them."""
+        _, layer = super().open(block, None, segments, state._replace(parts={}), {})
+        return rows, layer._replace(memory=self._begun(segments, state))
+
+    def extend(
+        self, block: Block, x: Tensor, segments: Segments, layer: OpenLayer
+    ) -> tuple[Tensor, OpenLayer]:
+        """Read the matrix, then attend."""
+        x = self.read(x, layer.memory, x.shape[0] // segments.batch, segments.linears)
+        return super().extend(block, x, segments, layer)
+
+    def _begun(self, segments: Segments, state: MixerState) -> ArmtState:
+        held = state.parts["armt"].matrix
+        return ArmtState(where_start(segments.starts[:, 0], torch.zeros_like(held), held))
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
         """Return a matrix of nothing."""

@@ -32,6 +32,7 @@ class Frame(NamedTuple):
     late: int = 0
     sensory: int = 0
     causal: bool = False  # front rows read earlier ones only, back rows likewise
+    gap: int = 0  # places left free between the rows before the tokens and the tokens
 
     @property
     def before(self) -> int:
@@ -68,7 +69,7 @@ def rows_keys(block: Block, rows: Rows, segments: Segments) -> RowKeys:
     """Return what a layer makes of the rows; the late ones stand first, the back ones behind."""
     frame, device = rows.frame, rows.x.device
     first = segments.window * segments.segment_len
-    before = torch.arange(first - frame.before, first, device=device)
+    before = torch.arange(first - frame.before, first, device=device) - frame.gap
     end = first + segments.segment_len
     after = torch.arange(end, end + frame.back, device=device)
     cos, sin = (x.unsqueeze(1) for x in segments.rope(torch.cat((before, after))))
@@ -103,7 +104,7 @@ def read_rows(
     """Return the rows after this layer; tokens: the segment's keys and values [B, S, Hkv, K]."""
     frame, found = rows.frame, []
     if frame.before:
-        found.append(_read_before(frame, keys))
+        found.append(read_before(frame, keys))
     if frame.back:
         found.append(_read_back(rows, keys, tokens, segments))
     attended = torch.cat(found, 1) if len(found) > 1 else found[0]
@@ -116,7 +117,7 @@ def _parts(frame: Frame) -> list[slice]:
     return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def _read_before(frame: Frame, keys: RowKeys) -> Tensor:
+def read_before(frame: Frame, keys: RowKeys) -> Tensor:
     """Return what late, front and sensory rows read of one another: [B, before, H, K]."""
     before = slice(0, frame.before)
     q, k, v = (x[:, before].transpose(1, 2) for x in keys)

@@ -73,8 +73,13 @@ class Hmt(InTurn):
         last = self._last_tokens(tokens, segments).unbind(1)
         if step is not None and step < self.memory.search_from:
             return [HmtPrepared(None, ids) for ids in last]
-        summaries = self._summarise(stack, tokens, segments).unbind(1)
+        halves = tokens[:, :, : tokens.shape[2] // 2]
+        summaries = self._summarise(stack, halves, segments).unbind(1)
         return [HmtPrepared(*pair) for pair in zip(summaries, last, strict=True)]
+
+    def unknown(self) -> HmtPrepared:
+        """Return no summary: what is searched for joins at halfway."""
+        return HmtPrepared(None, self.first.new_zeros(0, dtype=torch.int64))
 
     def open(
         self, stack: Stack, segments: Segments, n: int, state: HmtState, prepared: HmtPrepared
@@ -89,7 +94,7 @@ class Hmt(InTurn):
         parts = [last, sensory.to(last.dtype), last]
         late = prepared.summary is not None
         if prepared.summary is not None:
-            found = torch.where(some, self._search(prepared.summary, state), first).unsqueeze(1)
+            found = self._recall(prepared.summary, state).unsqueeze(1)
             parts = [found, last, sensory.to(last.dtype), found]
         else:  # every parameter has a gradient in every stage
             unused = self.query.weight.sum() + self.key.weight.sum() + self.prompt.sum()
@@ -97,6 +102,18 @@ class Hmt(InTurn):
         frame = Frame(front=1, back=1, late=int(late), sensory=self.memory.sensory, causal=True)
         x = linears.scatter(torch.cat(parts, 1).flatten(0, 1))
         return Rows(frame, x, some.squeeze(1)), (state, prepared)
+
+    def halfway(
+        self,
+        stack: Stack,
+        segments: Segments,
+        tokens: Tensor,
+        rest: tuple[HmtState, HmtPrepared],
+    ) -> Rows:
+        """Return what the search finds with the first half."""
+        summary = self._summarise(stack, tokens.unsqueeze(1), segments).squeeze(1)
+        frame = Frame(late=1, gap=1 + self.memory.sensory)
+        return Rows(frame, stack.linears.scatter(self._recall(summary, rest[0])))
 
     def close(
         self, stack: Stack, segments: Segments, rows: Rows, rest: tuple[HmtState, HmtPrepared]
@@ -111,10 +128,11 @@ class Hmt(InTurn):
             prepared.sensory,
         )
 
-    def _search(self, summary: Tensor, state: HmtState) -> Tensor:
-        """Return the bank's mean as the summary weighs it: [B, D]; 0 of an empty bank."""
+    def _recall(self, summary: Tensor, state: HmtState) -> Tensor:
+        """Return the bank's mean as the summary weighs it, or of an empty bank `first`: [B, D]."""
         found: Tensor = self.attention(summary, state).unsqueeze(1) @ state.bank
-        return found.squeeze(1)
+        first = self.first.to(state.bank.dtype)
+        return torch.where((state.filled > 0)[:, None], found.squeeze(1), first)
 
     def attention(self, summary: Tensor, state: HmtState) -> Tensor:
         """Return how much of each memory in the bank is recalled: [B, L]."""
@@ -128,9 +146,9 @@ class Hmt(InTurn):
         return weights.masked_fill(empty, 0.0)
 
     def _summarise(self, stack: Stack, tokens: Tensor, segments: Segments) -> Tensor:
-        """Return one row for each segment, of its first half: [B, N, D]."""
-        batch, count, length = tokens.shape[0], tokens.shape[1], tokens.shape[2] // 2
-        tokens, sequence = tokens[:, :, :length], segments.sequence.first_half()
+        """Return one row for each first half of a segment, tokens [B, N, S / 2]: [B, N, D]."""
+        batch, count, length = tokens.shape
+        sequence = segments.sequence.first_half()
         segment_len = length * sequence.size
         positions = sequence.positions(segment_len).to(tokens.device)
         cos, sin = segments.rope(positions.unsqueeze(0))

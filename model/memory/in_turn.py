@@ -56,6 +56,10 @@ class InTurn(nn.Module):
         """
         return [None] * tokens.shape[1]
 
+    def unknown(self) -> Any:
+        """Return what prepare gives for a segment whose tokens are not known yet."""
+        return None
+
     @abstractmethod
     def open(
         self, stack: Stack, segments: Segments, n: int, state: State, prepared: Any
@@ -64,6 +68,13 @@ class InTurn(nn.Module):
 
         The state is what segment n - 1 left: where n starts a document, it is reset here.
         """
+
+    def halfway(self, stack: Stack, segments: Segments, tokens: Tensor, rest: Any) -> Rows | None:
+        """Return rows that join when a segment's first half is known, where it is read in parts.
+
+        tokens [B, S / 2].
+        """
+        return None
 
     @abstractmethod
     def close(self, stack: Stack, segments: Segments, rows: Rows, rest: Any) -> State:

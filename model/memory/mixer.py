@@ -8,11 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.fold import Piece
 from model.interfaces import Segments
 from model.kernels import Kernel
-from model.memory.base import Block, Initial, Opened, Part, State, Tokens
-from model.memory.frame import Rows, read_rows, rows_keys, token_pieces
-from model.memory.window import WindowState, empty_window, read_tokens
+from model.memory.base import (
+    Block,
+    Initial,
+    Opened,
+    Part,
+    Projected,
+    State,
+    Tokens,
+    stack_segments,
+)
+from model.memory.frame import Rows, read_before, read_rows, rows_keys, token_pieces
+from model.memory.window import WindowState, document_age, empty_window, read_tokens
 from model.rope import rope_tables, rotate
 
 
@@ -21,6 +31,24 @@ class MixerState(NamedTuple):
 
     window: WindowState
     parts: dict[str, State]
+
+
+class OpenLayer(NamedTuple):
+    """A layer while a segment is read token by token."""
+
+    pieces: list[Piece]  # what its tokens read beside themselves
+    reads: dict[str, Opened]  # of each part, [B, 1, ...]
+    k: Tensor  # [B, tokens so far, Hkv, K], rotated
+    v: Tensor
+    memory: State  # what else a mixer's own kind reads
+
+
+def _window_pieces(segments: Segments, window: WindowState) -> list[Piece]:
+    """Return the keys of the segments before, rotated, hidden where another document's."""
+    count = segments.window
+    cos, sin = (t[:count].unsqueeze(-2) for t in (segments.cos, segments.sin))
+    k, age = rotate(window.k, cos, sin), document_age(segments.starts, window.age)
+    return [Piece(k[:, i : i + 1], window.v[:, i : i + 1], age >= count - i) for i in range(count)]
 
 
 class Mixer(nn.Module):
@@ -81,6 +109,61 @@ class Mixer(nn.Module):
         if rows is not None:
             rows = read_rows(block, rows, keys, tokens.segment(0), segments)
         return block.finish(x, attended.flatten(0, 2)), rows, MixerState(window, after)
+
+    def open(
+        self,
+        block: Block,
+        rows: Rows | None,
+        segments: Segments,
+        state: MixerState,
+        initial: Initial,
+    ) -> tuple[Rows | None, OpenLayer]:
+        """Return what tokens of the next segment read, none of them known yet.
+
+        segments: of that one (N = 1). rows: those that stand before its tokens.
+        """
+        reads, pieces = {}, _window_pieces(segments, state.window)
+        for name, part in self._parts().items():
+            opened, _ = part.open(block, segments, 0, state.parts[name], initial[name])
+            reads[name] = stack_segments([opened])
+            piece = part.piece(segments, reads[name])
+            pieces += [piece] if piece is not None else []
+        like = state.window.k[:, :0].flatten(1, 2)  # [B, 0, Hkv, K]
+        layer = OpenLayer(pieces, reads, like, like, None)
+        return (None, layer) if rows is None else self.join(block, rows, segments, layer)
+
+    def join(
+        self, block: Block, rows: Rows, segments: Segments, layer: OpenLayer
+    ) -> tuple[Rows, OpenLayer]:
+        """Return rows that stand before the tokens after this layer; later tokens read them."""
+        keys = rows_keys(block, rows, segments)
+        attended = read_before(rows.frame, keys).flatten(0, 1)
+        # Late rows come when the middle is reached: what is read from now on reads them.
+        pieces = [
+            piece._replace(queries=slice(None)) for piece in token_pieces(rows, keys, segments)
+        ]
+        after = rows._replace(x=block.finish(rows.x, attended))
+        return after, layer._replace(pieces=layer.pieces + pieces)
+
+    def extend(
+        self, block: Block, x: Tensor, segments: Segments, layer: OpenLayer
+    ) -> tuple[Tensor, OpenLayer]:
+        """Return the block's output rows of the segment's next tokens: x [B * c, D]."""
+        first = layer.k.shape[1]
+        raw = Projected(*(part.unflatten(0, (segments.batch, 1, -1)) for part in block.project(x)))
+        here = slice(first, first + raw.q.shape[2])
+        cos, sin = (t[segments.window, here].unsqueeze(-2) for t in (segments.cos, segments.sin))
+        q, k = rotate(raw.q, cos, sin), rotate(raw.k, cos, sin)
+        pieces = list(layer.pieces)
+        if first:
+            pieces.append(Piece(layer.k.unsqueeze(1), layer.v.unsqueeze(1)))
+        attended = segments.sequence.fold(q, k, raw.v, pieces=pieces)
+        for name, part in self._parts().items():
+            attended = part.blend(raw.q, layer.reads[name], attended)
+        layer = layer._replace(
+            k=torch.cat((layer.k, k[:, 0]), 1), v=torch.cat((layer.v, raw.v[:, 0]), 1)
+        )
+        return block.finish(x, attended.flatten(0, 2)), layer
 
     def _chains(
         self,

@@ -1,0 +1,233 @@
+"""Reading a stream in pieces of any length, with the memory of training and bounded work.
+
+Whole segments go through the decoder as in training. In an open segment, tokens are read as they
+come: what they read beside themselves (window, memory) stands still until the segment is complete,
+so a layer keeps that and the keys of the segment's tokens so far. A complete segment is read once
+more as a whole, which is what moves the memory on.
+
+Landmark attention reads blocks; there an open segment is read whole at every call, with padding
+behind it: tokens never see what comes later.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.config import LandmarkMemory
+from model.decoder import Decoder
+from model.memory.base import Carried
+from model.memory.frame import Rows
+from model.memory.in_turn import InTurn
+from model.memory.mixer import OpenLayer
+
+
+class Open(Protocol):
+    """A segment that is not complete yet."""
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return logits [B, c, V] of its next tokens [B, c]."""
+        ...
+
+
+class Incremental:
+    """An open segment whose layers keep what its tokens have shown."""
+
+    def __init__(self, model: Decoder, segment_len: int, starts: Tensor, carried: Carried) -> None:
+        self.model, batch = model, starts.shape[0]
+        tokens = torch.zeros(batch, 1, segment_len, dtype=torch.int64, device=starts.device)
+        self.segments = model.segments(tokens, starts, fresh=False)
+        self.tokens = tokens[:, 0, :0]
+        self.half = segment_len // 2
+        rows: Rows | None = None
+        if isinstance(model.memory, InTurn):
+            unknown = model.memory.unknown()
+            rows, self.rest = model.memory.open(model, self.segments, 0, carried.stack, unknown)
+            rows = _before(rows, batch)
+        initial = model.memory.initial(model.layers(), model.linears)
+        self.layers: list[OpenLayer] = []
+        for block, state, begin in zip(model.layers(), carried.layers, initial, strict=True):
+            rows, layer = block.mixer.open(block, rows, self.segments, state, begin)
+            self.layers.append(layer)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return logits [B, c, V]; reads up to the segment's middle, then from there."""
+        until = self.half - self.tokens.shape[1]
+        if not 0 < until <= tokens.shape[1]:
+            return self._read(tokens)
+        first = self._read(tokens[:, :until])
+        self._join_at_half()
+        rest = tokens[:, until:]
+        return torch.cat((first, self._read(rest)), 1) if rest.shape[1] else first
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        model, x = self.model, self.model.embed(tokens)
+        for i, block in enumerate(model.layers()):
+            x, self.layers[i] = block.mixer.extend(block, x, self.segments, self.layers[i])
+        self.tokens = torch.cat((self.tokens, tokens), 1)
+        logits: Tensor = model.logits(x).unflatten(0, tokens.shape)
+        return logits
+
+    def _join_at_half(self) -> None:
+        memory = self.model.memory
+        if not isinstance(memory, InTurn):
+            return
+        rows = memory.halfway(self.model, self.segments, self.tokens, self.rest)
+        if rows is not None:
+            for i, block in enumerate(self.model.layers()):
+                rows, self.layers[i] = block.mixer.join(block, rows, self.segments, self.layers[i])
+
+
+class Recomputed:
+    """An open segment that is read from its beginning at every call: the slow twin."""
+
+    def __init__(self, model: Decoder, segment_len: int, starts: Tensor, carried: Carried) -> None:
+        self.model, self.segment_len = model, segment_len
+        self.starts, self.carried = starts, carried
+        self.tokens: Tensor | None = None
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return logits [B, c, V]."""
+        known = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)
+        self.tokens = known
+        padded = known.new_zeros(known.shape[0], 1, self.segment_len)
+        padded[:, 0, : known.shape[1]] = known
+        logits, _ = self.model(padded, self.starts, self.carried)
+        new: Tensor = logits[:, 0, known.shape[1] - tokens.shape[1] : known.shape[1]]
+        return new
+
+
+class Stream:
+    """B streams that read on and on; what it holds is bounded by the segment and the memory.
+
+    segment_len: positions of a segment, as in training. landmark: its token's id, which is put
+    behind every block - 1 tokens read, where the model has landmark memory.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        segment_len: int,
+        *,
+        batch: int = 1,
+        landmark: int | None = None,
+        segments_per_call: int = 1,
+    ) -> None:
+        memory = model.config.memory
+        self.model, self.segment_len = model, segment_len
+        self.block = memory.block if isinstance(memory, LandmarkMemory) else None
+        if self.block is not None and landmark is None:
+            raise ValueError("this model reads landmarks; give the landmark token's id")
+        self.landmark, self.segments_per_call = landmark, segments_per_call
+        # Tokens of text that a segment takes; landmarks take the rest of its positions.
+        self.text_len = segment_len
+        if self.block is not None:
+            self.text_len = segment_len // self.block * (self.block - 1)
+        device = next(model.parameters()).device
+        self.starts = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        self.carried = empty(model, self.starts, segment_len)
+        self.num_tokens = 0  # read so far, in each stream
+        self.open: Open | None = None
+        self.known: Tensor | None = None  # [B, p] tokens of the open segment
+
+    @property
+    def has_past(self) -> bool:
+        """Whether anything older than the open segment was read."""
+        return self.num_tokens > (0 if self.known is None else self.known.shape[1])
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, V] after the last of tokens [B, T], T at least 1."""
+        return self._read(tokens, every=False)[:, -1]
+
+    @torch.no_grad()
+    def read_all(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, T, V] after each of tokens [B, T]."""
+        return self._read(tokens, every=True)
+
+    def _read(self, tokens: Tensor, *, every: bool) -> Tensor:
+        found: list[Tensor] = []
+        while tokens.shape[1]:
+            whole = tokens.shape[1] // self.text_len
+            if self.known is None and whole:
+                count = min(whole, self.segments_per_call)
+                taken, tokens = _split(tokens, count * self.text_len)
+                logits = self._segments(taken, count, every)
+            else:
+                held = 0 if self.known is None else self.known.shape[1]
+                taken, tokens = _split(tokens, self.text_len - held)
+                logits = self._in_segment(taken)
+            self.num_tokens += taken.shape[1]
+            found = [*found, logits] if every else [logits]
+        return torch.cat(found, 1)
+
+    def _segments(self, tokens: Tensor, count: int, every: bool) -> Tensor:
+        """Read whole segments [B, count * text_len]; move the memory on."""
+        last = -1 if self.block is None else -2  # a landmark stands at a segment's end
+        starts = torch.cat((self.starts, self.starts.new_zeros(len(tokens), count - 1)), 1)
+        logits, self.carried = self.model(
+            self._spelled(tokens).unflatten(1, (count, -1)),
+            starts,
+            self.carried,
+            only=None if every else last,
+        )
+        self.starts = torch.zeros_like(self.starts)
+        logits = logits.flatten(1, 2)
+        return self._of_text(logits) if every and self.block is not None else logits
+
+    def _in_segment(self, tokens: Tensor) -> Tensor:
+        """Read tokens that the open segment has room for."""
+        held = self.known
+        if self.open is None:
+            kind = Incremental if self.block is None else Recomputed
+            self.open = kind(self.model, self.segment_len, self.starts, self.carried)
+        known = tokens if held is None else torch.cat((held, tokens), 1)
+        if self.block is None:
+            logits = self.open.read(tokens)
+        else:
+            first = 0 if held is None else self._spelled(held).shape[1]
+            logits = self._of_text(self.open.read(self._spelled(known)[:, first:]), first)
+        self.known = known
+        if known.shape[1] == self.text_len:
+            self._segments(known, 1, every=False)
+            self.open = self.known = None
+        return logits
+
+    def _spelled(self, tokens: Tensor) -> Tensor:
+        """Return tokens [B, T] with a landmark behind every block - 1 of them."""
+        if self.block is None:
+            return tokens
+        assert self.landmark is not None
+        parts = []
+        for part in tokens.split(self.block - 1, 1):
+            parts.append(part)
+            if part.shape[1] == self.block - 1:
+                parts.append(torch.full_like(part[:, :1], self.landmark))
+        return torch.cat(parts, 1)
+
+    def _of_text(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Return the logits of text among [B, positions, V], from position `first` on."""
+        assert self.block is not None
+        places = torch.arange(first, first + logits.shape[1], device=logits.device)
+        return logits[:, places % self.block != self.block - 1]
+
+
+def empty(model: Decoder, starts: Tensor, segment_len: int) -> Carried:
+    """Return the state of streams that have read nothing; starts [B, 1]."""
+    tokens = torch.zeros(len(starts), 1, segment_len, dtype=torch.int64, device=starts.device)
+    return model.empty(model.segments(tokens, starts, fresh=True))
+
+
+def _before(rows: Rows, batch: int) -> Rows | None:
+    """Return those of a segment's rows that stand before its tokens."""
+    frame = rows.frame
+    if not frame.before:
+        return None
+    x = rows.x.unflatten(0, (batch, frame.rows))[:, : frame.before].flatten(0, 1)
+    return rows._replace(frame=frame._replace(back=0), x=x)
+
+
+def _split(tokens: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    return tokens[:, :at], tokens[:, at:]
