@@ -1,4 +1,4 @@
-r"""The command line: `longhaul prepare | pretrain | config | evaluate`.
+r"""The command line: `longhaul prepare | pretrain | config | evaluate | generate | miniature`.
 
 Only what parsing needs is imported here; torch and the rest load inside the commands, so that
 help and configuration errors come at once. What a user did wrong is one message on stderr
@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.generate_cli import generate
+from train.miniature_cli import miniature
 from train.provenance import PACKAGES, check_provenance
 
 app = typer.Typer(
@@ -327,6 +329,10 @@ def evaluate(
         track=track,
     )
     raise typer.Exit(code)
+
+
+app.command()(generate)
+app.command()(miniature)
 
 
 def main() -> None:
