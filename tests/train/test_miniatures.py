@@ -60,22 +60,24 @@ def learner_at(miniature: Miniature, stage: int) -> Learner:
 def test_a_key_block_holds_the_key_whole_and_a_question_ends_with_it() -> None:
     blocks = Blocks(16, 0)
     keys = blocks.keys(200)
-    tokens = sample(blocks, keys, 2)
+    places = torch.arange(200) % 2
+    tokens = sample(blocks, keys, places, 2)
     assert tokens.shape == (200, 3, 16)
-    for row, key in zip(tokens, keys, strict=True):
-        at = (row[0] == KEY).nonzero().item()
-        assert row[0, at + 1 : at + 5].tolist() == key.tolist()
+    for row, key, place in zip(tokens, keys, places, strict=True):
+        at = (row[place] == KEY).nonzero().item()
+        assert row[place, at + 1 : at + 5].tolist() == key.tolist()
         assert row[-1, -5] == QUERY
         assert row[-1, -4:].tolist() == key.tolist()
-        assert (row[1] < FILLER).all()
+        assert (row[1 - place] < FILLER).all()
 
 
 def test_a_near_key_leaves_the_question_whole() -> None:
     blocks = Blocks(16, 0)
-    tokens = sample(blocks, blocks.keys(200), 0)
-    assert tokens.shape == (200, 1, 16)
-    assert (tokens[:, 0, -5] == QUERY).all()
-    assert ((tokens == KEY).sum((1, 2)) == 1).all()
+    tokens = sample(blocks, blocks.keys(200), torch.full((200,), 1), 1)
+    assert tokens.shape == (200, 2, 16)
+    assert (tokens[:, 1, -5] == QUERY).all()
+    assert ((tokens[:, 1] == KEY).sum(1) == 1).all()
+    assert (tokens[:, 0] < FILLER).all()
 
 
 # --- curriculum
@@ -94,14 +96,15 @@ def test_the_distance_rises_then_the_amplification(small: Miniature) -> None:
 
 def test_only_filler_is_amplified() -> None:
     blocks = Blocks(16, 0)
-    assert amplification(blocks, 3, 4, 0.0) is None
-    weights = amplification(blocks, 300, 4, 6.0)
+    places = torch.arange(300) % 4
+    assert amplification(blocks, places, 4, 0.0) is None
+    weights = amplification(blocks, places, 4, 6.0)
     assert weights is not None
     assert weights.shape == (300, 5)
-    assert (weights[:, [0, -1]] == 0).all()
-    inside = weights[:, 1:-1]
-    assert 0 <= inside.min() < 0.2
-    assert 5.8 < inside.max() <= 6.0
+    at_key = torch.arange(5) == places.unsqueeze(1)
+    assert (weights[at_key] == 0).all()
+    assert 0 <= weights[~at_key].min() < 0.2
+    assert 5.8 < weights[~at_key].max() <= 6.0
 
 
 def test_the_rate_warms_up_and_falls_to_its_end(small: Miniature) -> None:

@@ -41,8 +41,7 @@ class Blocks:
 
     def put_keys(self, blocks: Tensor, keys: Tensor, *, room: int | None = None) -> None:
         """Write `KEY d d d d` into blocks [rows, length], in the first `room` tokens (all)."""
-        last = (room or self.length) - KEY_DIGITS
-        at = self.whole(0, last, len(blocks)).unsqueeze(1)
+        at = self.whole(0, (room or self.length) - KEY_DIGITS, len(blocks)).unsqueeze(1)
         marked = torch.cat((torch.full_like(keys[:, :1], KEY), keys), 1)
         blocks.scatter_(1, at + torch.arange(KEY_DIGITS + 1), marked)
 

@@ -21,9 +21,9 @@ ADVANCE = 0.8
 """Exact match, as a moving average, at which the next difficulty comes."""
 RESTART = 0.5
 """Where the average begins at a new difficulty."""
-RATE = 0.05
-NEAR, FULL = 0.3, 0.7
-"""Shares: of keys in the question's block at first; of steps at the largest distance so far."""
+RATE = 0.1
+NEAR, FULL = 0.3, 0.5
+"""Shares of keys: in the question's block at first; at least, at the largest distance so far."""
 RAISE = 0.5
 """What the amplification rises by."""
 
@@ -53,14 +53,13 @@ class Difficulty:
         """Whether nothing harder comes."""
         return self.distance == self.stage.blocks and self.amplify == self.stage.amplify
 
-    def draw(self, blocks: Blocks) -> int:
-        """Return a key's distance in blocks; 0 is the question's own block."""
-        chance = float(blocks.uniform())
-        if self.distance == 1 and self.recalled < 0.5 and chance < NEAR:
-            return 0
-        if float(blocks.uniform()) < FULL:
-            return self.distance
-        return int(blocks.whole(1, self.distance + 1))
+    def draw(self, blocks: Blocks, rows: int) -> Tensor:
+        """Return the blocks [rows] of the keys; block `distance` is the question's own."""
+        inside = blocks.whole(0, self.distance, rows)
+        places = torch.where(blocks.uniform(rows) < FULL, 0, inside)
+        if self.distance == 1 and self.recalled < 0.5:
+            places[blocks.uniform(rows) < NEAR] = 1
+        return places
 
 
 def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
@@ -68,16 +67,14 @@ def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
     difficulty = Difficulty(stage, stage.first)
     blocks, rows = learner.blocks, learner.miniature.batch_size
     for step in range(stage.steps):
-        distance = difficulty.draw(blocks)
-        keys = blocks.keys(rows)
-        tokens = sample(blocks, keys, distance)
-        weights = amplification(blocks, rows, distance, difficulty.amplify)
+        keys, places = blocks.keys(rows), difficulty.draw(blocks, rows)
+        tokens = sample(blocks, keys, places, difficulty.distance)
+        weights = amplification(blocks, places, difficulty.distance, difficulty.amplify)
         state = burn_in(learner, stage.burn_in if difficulty.distance > 1 else 0)
         logits, _ = learner.read(tokens, state, weights=weights)
         loss, right = grade(logits[:, -1], keys)
         learner.learn(loss)
-        if distance == difficulty.distance:
-            difficulty.observe(right.all(-1).float().mean().item())
+        difficulty.observe(right[places == 0].all(-1).float().mean().item())
         if (step + 1) % 100 == 0:
             say(
                 f"distance {difficulty.distance}, amplification {difficulty.amplify:.1f},"
@@ -85,15 +82,19 @@ def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
             )
 
 
-def sample(blocks: Blocks, keys: Tensor, distance: int) -> Tensor:
-    """Return documents [rows, distance + 1, length]: the key in the first block, the question."""
-    question = blocks.questions(keys)
-    if distance == 0:
-        blocks.put_keys(question[:, 0], keys, room=blocks.length - keys.shape[1] - 1)
-        return question
-    before = blocks.filler(len(keys), distance)
-    blocks.put_keys(before[:, 0], keys)
-    return torch.cat((before, question), 1)
+def sample(blocks: Blocks, keys: Tensor, places: Tensor, distance: int) -> Tensor:
+    """Return documents [rows, distance + 1, length], the question last.
+
+    places [rows]: the key's block; `distance` is the question's own, where it lies before it.
+    """
+    tokens = torch.cat((blocks.filler(len(keys), distance), blocks.questions(keys)), 1)
+    near = (places == distance).nonzero().squeeze(1)
+    far = (places < distance).nonzero().squeeze(1)
+    for rows, room in ((far, blocks.length), (near, blocks.length - keys.shape[1] - 1)):
+        chosen = tokens[rows, places[rows]]
+        blocks.put_keys(chosen, keys[rows], room=room)
+        tokens[rows, places[rows]] = chosen
+    return tokens
 
 
 @torch.no_grad()
@@ -107,17 +108,13 @@ def burn_in(learner: Learner, most: int) -> State:
     return detach(state)
 
 
-def amplification(blocks: Blocks, rows: int, distance: int, most: float) -> Tensor | None:
+def amplification(blocks: Blocks, places: Tensor, distance: int, most: float) -> Tensor | None:
     """Return the log weights [rows, distance + 1] of a sample's writes; None where all are 0.
 
-    A filler block stands for c like it, log c uniform in [0, most]: exact for a memory that adds
-    up what stationary filler writes. The key and the question stand for themselves.
+    A filler block stands for c like it, log c uniform in [0, most]: exact for a memory that adds up
+    what stationary filler writes. The key's block (places [rows]) stands for itself.
     """
     if most == 0:
         return None
-    weights = most * blocks.uniform(rows, distance + 1)
-    weights[:, 0] = weights[:, -1] = 0.0
-    return weights
-
-
-__all__ = ["Difficulty", "amplification", "run_curriculum", "sample"]
+    weights = most * blocks.uniform(len(places), distance + 1)
+    return weights.scatter(1, places.unsqueeze(1), 0.0)
