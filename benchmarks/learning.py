@@ -1,11 +1,13 @@
 """Does memory help on real text? Loss by position for each memory, on and off, over seeds.
 
     python benchmarks/learning.py prepare BOOKS/train BOOKS/valid FOLDER
-    python benchmarks/learning.py run FOLDER --memory fam-norm --seed 0 [--steps 400]
+    python benchmarks/learning.py run FOLDER --memory fam-norm --seed 0 [--steps 250]
     python benchmarks/learning.py table FOLDER
 
 Equal width, depth, tokens and order of data; one process, one thread, plain AdamW. `run` appends
-to FOLDER/results.jsonl. Held-out books are read from their first token on.
+to FOLDER/results.jsonl. Held-out books are read from their first token on: with the memory (on),
+reset at every segment (off), and with the memory that another book left at the same place
+(shuffled).
 """
 
 from __future__ import annotations
@@ -24,10 +26,22 @@ from data.loader import load
 from data.prepare import prepare
 from data.streams import IGNORE, Streams
 from data.tokenizer import TokenizerTraining, load_tokenizer
-from model.config import FamMemory, MemoryConfig, ModelConfig, NoMemory, WindowMemory
+from model.config import (
+    AbcMemory,
+    ArmtMemory,
+    CmabMemory,
+    FamMemory,
+    HmtMemory,
+    InfiniMemory,
+    MemoryConfig,
+    ModelConfig,
+    NoMemory,
+    RmtMemory,
+    WindowMemory,
+)
 from model.decoder import Decoder
 from model.init import count_parameters, initialise
-from model.memory.base import detach
+from model.memory.base import detach, map_tensors
 
 SEGMENT, SEGMENTS, LANES, VOCAB = 64, 16, 8, 2048
 MEMORIES: dict[str, MemoryConfig] = {
@@ -37,7 +51,16 @@ MEMORIES: dict[str, MemoryConfig] = {
     "fam-norm": FamMemory(16, 0, "norm"),
     "fam-latch": FamMemory(16, 0, "latch"),
     "fam-norm-window": FamMemory(16, 1, "norm"),
+    "infini": InfiniMemory(),
+    "infini-delta": InfiniMemory("delta"),
+    "infini-one-rate": InfiniMemory(gate_lr=1.0),
+    "abc": AbcMemory(16),
+    "cmab": CmabMemory(16),
+    "rmt": RmtMemory(16, state="norm"),
+    "armt": ArmtMemory(16, 32),
+    "hmt": HmtMemory(bank=64, sensory=8, search_dim=32),
 }
+"""infini-one-rate: gates learn at the model's rate and decay, as where memory was found unused."""
 EDGES = [0, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 1 << 40]
 
 
@@ -51,12 +74,7 @@ def train(folder: Path, memory: str, seed: int, steps: int, lr: float) -> dict[s
     config = ModelConfig(VOCAB, 4, 128, 4, 2, 344, 32, memory=MEMORIES[memory])
     model = Decoder(config)
     initialise(model, config, seed)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(model, decay_gates=memory == "infini-one-rate")
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     streams = Streams(
         corpus.lengths, seed=seed, lanes=LANES, segment_len=SEGMENT, segments=SEGMENTS
@@ -76,7 +94,7 @@ def train(folder: Path, memory: str, seed: int, steps: int, lr: float) -> dict[s
         warm = min(1.0, (step + 1) / 40)
         rate = lr * warm * (0.55 + 0.45 * np.cos(np.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         scale = 1.0 / (batch.labels != IGNORE).sum()
         output = model(batch.tokens, batch.starts, state, labels=batch.labels, scale=scale)
         optimizer.zero_grad()
@@ -95,34 +113,55 @@ def train(folder: Path, memory: str, seed: int, steps: int, lr: float) -> dict[s
         "parameters": count_parameters(config),
         "tokens": steps * LANES * SEGMENT * SEGMENTS,
         "cpu_s": round(seconds),
-        "on": by_position(model, valid, memory=True),
-        "off": by_position(model, valid, memory=False),
+        "on": by_position(model, valid, memory="on"),
+        "off": by_position(model, valid, memory="off"),
+        "shuffled": by_position(model, valid, memory="shuffled"),
+        "gates": [
+            round(gate, 3)
+            for name, p in model.named_parameters()
+            if name.endswith("gate")
+            for gate in torch.sigmoid(p).tolist()
+        ],
     }
 
 
+def parameter_groups(model: Decoder, *, decay_gates: bool) -> list[dict[str, object]]:
+    """Return AdamW's groups: matrices decay; gates learn at their own rate, and decay if asked."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        decays = p.dim() > 1 or (decay_gates and name.endswith("gate"))
+        key = (0.1 if decays else 0.0, getattr(p, "lr_scale", 1.0))
+        groups.setdefault(key, []).append(p)
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in groups.items()
+    ]
+
+
 @torch.no_grad()
-def by_position(
-    model: Decoder, corpus: Corpus, *, memory: bool, tokens: int = 32768
-) -> list[float]:
+def by_position(model: Decoder, corpus: Corpus, *, memory: str, tokens: int = 32768) -> list[float]:
     """Return the mean loss between each two EDGES of the position, over every book's beginning."""
     books = len(corpus.lengths)
     rows = torch.stack(
         [torch.from_numpy(corpus.read(book, 0, tokens + 1)) for book in range(books)]
     )
-    length = SEGMENT * SEGMENTS
+    segments = 1 if memory == "shuffled" else SEGMENTS
+    length = SEGMENT * segments
     losses, state = [], None
     for first in range(0, tokens, length):
         part = rows[:, first : first + length + 1]
-        shape = (books, SEGMENTS, SEGMENT)
-        starts = torch.full(shape[:2], not memory)
-        output = model(
-            part[:, :-1].reshape(shape),
-            starts,
-            state,
-            labels=part[:, 1:].reshape(shape),
-            scale=torch.ones(()),
-        )
-        state = output.state
+        shape = (books, segments, SEGMENT)
+        starts = torch.full(shape[:2], memory == "off")
+        read, wanted = part[:, :-1].reshape(shape), part[:, 1:].reshape(shape)
+        output = model(read, starts, state, labels=wanted, scale=torch.ones(()))
+        if memory == "shuffled" and state is not None:
+            other = map_tensors(lambda x: x.roll(1, 0), state)
+            state, output = (
+                output.state,
+                model(read, starts, other, labels=wanted, scale=torch.ones(())),
+            )
+        else:
+            state = output.state
         losses.append(output.token_losses.flatten(1))
     curve = torch.cat(losses, 1).mean(0)
     return [
@@ -143,14 +182,18 @@ def table(folder: Path) -> str:
     head = " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1)
     text = "| loss, mean over seeds | " + head
     for memory, seeds in runs.items():
-        for kind in ("on", "off"):
+        for kind in ("on", "off", "shuffled"):
             rows = [seeds[seed][kind] for seed in sorted(seeds)]
             text += f"\n| {memory}, {kind} ({len(rows)}) |" + _cells(rows, spread=False)
     text += "\n\n| difference, mean ± standard error | " + head
     for memory, seeds in runs.items():
         if memory == "none":
             continue
-        for label, other, kind in (("none", runs["none"], "on"), ("its own off", seeds, "off")):
+        for label, other, kind in (
+            ("none", runs["none"], "on"),
+            ("its own off", seeds, "off"),
+            ("its own shuffled", seeds, "shuffled"),
+        ):
             both = sorted(seeds.keys() & other.keys())
             rows = [
                 [b - a for a, b in zip(seeds[s]["on"], other[s][kind], strict=True)] for s in both
