@@ -38,7 +38,9 @@ MEMORIES: dict[str, MemoryConfig] = {
     "infini-delta": InfiniMemory("delta", gate_init=0.5),
     "abc": AbcMemory(slots=3),
     "cmab": CmabMemory(latents=3, window=1),
-    "composed": compose([WindowMemory(1), FamMemory(slots=4), InfiniMemory(gate_init=0.5), AbcMemory(slots=2)]),
+    "composed": compose(
+        [WindowMemory(1), FamMemory(slots=4), InfiniMemory(gate_init=0.5), AbcMemory(slots=2)]
+    ),
     "landmark": LandmarkMemory(block=2, window=1),
     "rmt": RmtMemory(slots=4, state="norm", offset=True),
     "rmt-causal": RmtMemory(slots=2, mask="causal", window=1),
@@ -166,6 +168,9 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
             output.loss.backward()
             loss += output.loss.item()
             state = detach(output.state)
+        # What only makes the state has no gradient where no window reads what another left.
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         for group in optimizer.param_groups:
