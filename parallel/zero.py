@@ -109,10 +109,11 @@ class ZeroEngine:
     def step(self, lr: float) -> float | None:
         """Update the weights; return the gradient norm before clipping, over all ranks.
 
-        Returns None, and leaves weights and moments as they were, where a gradient is not finite.
+        lr is multiplied by a parameter group's own `lr_scale`, where it has one. Returns None, and
+        leaves weights and moments as they were, where a gradient is not finite.
         """
         for group in self.base.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.engine.step()
         if self.zero.overflow:
             return None

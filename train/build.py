@@ -9,14 +9,7 @@ import torch
 from torch import nn
 
 from model.attention import Layout, Whole
-from model.config import (
-    ComputeConfig,
-    FamMemory,
-    MemoryConfig,
-    ModelConfig,
-    NoMemory,
-    WindowMemory,
-)
+from model.config import ComputeConfig, ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Linears
@@ -27,12 +20,7 @@ from parallel.slicing import choose_layout
 from parallel.tensor import MegatronLinears, cut_of, sum_scattered_gradients
 from parallel.zero import ZeroEngine
 from train.config import Config
-
-MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
-    "none": NoMemory,
-    "window": WindowMemory,
-    "fam": FamMemory,
-}
+from train.memories import to_memory_config
 
 
 class Built(NamedTuple):
@@ -46,17 +34,15 @@ class Built(NamedTuple):
 def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     """Return the model package's own description of a configuration's model.
 
-    vocab_size: of the prepared data, where the configuration leaves it out.
+    vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
     """
     section = config.model
     known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim"}
-    memory = MEMORY_CONFIGS[section.memory.name]
-    taken = {field.name for field in fields(memory)}
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
         vocab_size=section.vocab_size or vocab_size,
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
-        memory=memory(**section.memory.model_dump(include=taken)),
+        memory=to_memory_config(section.memory),
     )
 
 
@@ -104,14 +90,24 @@ def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW; matrices decay, norms and gains do not."""
+    """Return AdamW; matrices decay, norms and gains do not.
+
+    A parameter with an `lr_scale` has a group of that scale, without decay; see ZeroEngine.step.
+    """
     train = config.train
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        scale: float | None = getattr(parameter, "lr_scale", None)
+        kind = (parameter.dim() > 1 and scale is None, 1.0 if scale is None else scale)
+        groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": matrices, "weight_decay": train.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {
+                "params": parameters,
+                "weight_decay": train.weight_decay if decays else 0.0,
+                "lr_scale": scale,
+            }
+            for (decays, scale), parameters in groups.items()
         ],
         lr=train.lr,
         betas=(train.beta1, train.beta2),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel
 
+from train.memories import spelled_out
 from train.problems import ConfigError, find_problems, section_of, union_members
 from train.sections import (
     CheckpointSection,
@@ -56,7 +57,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), world_size: int | None
     Args:
         path: the YAML file.
         overrides: `dotted.key=value`, later ones win. One that changes a memory's `name` drops
-            the file's other keys of that memory.
+            the file's other keys of that memory; in a list of memories a key is reached by the
+            memory's name, as in model.memory.infini.rule.
         world_size: the number of ranks; None leaves out what only it decides (dp).
 
     Raises:
@@ -102,19 +104,15 @@ def parse_overrides(texts: Iterable[str]) -> list[Override]:
 def apply_overrides(raw: Mapping[str, object], overrides: Sequence[Override]) -> dict[str, object]:
     """Return raw values with the overrides set; unknown keys are set too, and found later."""
     values: dict[str, Any] = copy.deepcopy(dict(raw))
-    for union in _union_paths(Config):
+    unions = set(_union_paths(Config))
+    for union in unions:
         names = [o.value for o in overrides if o.path == (*union, "name")]
-        section = _at(values, union)
+        section = spelled_out(_at(values, union))
         if names and isinstance(section, dict) and section.get("name", names[-1]) != names[-1]:
             # the file's keys belong to the member that it named, not to the one asked for
-            section.clear()
+            _at(values, union[:-1])[union[-1]] = {}
     for path, value in overrides:
-        section = values
-        for key in path[:-1]:
-            if not isinstance(section.get(key), dict):
-                section[key] = {}
-            section = section[key]
-        section[path[-1]] = value
+        _set(values, path, value, unions)
     return values
 
 
@@ -195,7 +193,35 @@ def _union_paths(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterat
             yield from _union_paths(inner, (*path, name))
 
 
-def _at(values: object, path: Iterable[str]) -> object:
+def _set(
+    section: dict[str, Any],
+    path: tuple[str, ...],
+    value: object,
+    unions: set[tuple[str, ...]],
+    here: tuple[str, ...] = (),
+) -> None:
+    """Set a value below sections, which are made where there are none.
+
+    The next key in a list of named sections is a name: model.memory.infini.rule.
+    """
+    key, rest, here = path[0], path[1:], (*here, path[0])
+    if not rest:
+        section[key] = value
+        return
+    below = section.get(key)
+    if here in unions:
+        below = spelled_out(below)
+        if isinstance(below, list) and len(rest) > 1:
+            section[key] = parts = [spelled_out(part) for part in below]
+            for part in parts:
+                if isinstance(part, dict) and part.get("name") == rest[0]:
+                    _set(part, rest[1:], value, unions, here)
+                    return
+    section[key] = inner = below if isinstance(below, dict) else {}
+    _set(inner, rest, value, unions, here)
+
+
+def _at(values: object, path: Iterable[str]) -> Any:
     """Return what nested mappings hold at a path, None where it ends early."""
     for key in path:
         values = values.get(key) if isinstance(values, dict) else None

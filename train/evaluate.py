@@ -16,9 +16,11 @@ from data.index import Corpus
 from model.decoder import Output
 from model.memory.base import State
 from train.measure import ALL, choose_lanes, measure
+from train.memories import describe_memory
 from train.positions import Condition, Evaluation, table
 from train.progress import short
 from train.rates import aligned, cell_tables
+from train.reading import choose_reading, model_vocab_size
 from train.report import REPORT, Answers, Report, write_report
 from train.verdict import judge, metrics
 
@@ -117,11 +119,9 @@ def describe(
     config: Config, parameters: str, corpus: Corpus, evaluation: Evaluation, where: str
 ) -> list[tuple[str, str]]:
     """Return what was evaluated and what it cost, by name, for a report."""
-    memory = config.model.memory.model_dump()
-    keys = ", ".join(f"{key} {value}" for key, value in memory.items() if key != "name")
     columns = evaluation.columns
     return [
-        ("memory", memory["name"] + (f" ({keys})" if keys else "")),
+        ("memory", describe_memory(config.model.memory)),
         ("parameters", parameters),
         ("state", f"{evaluation.state_bytes:,} bytes a stream, the most that one rank carried"),
         ("read with the memory on", f"{short(evaluation.tokens_per_s)} tokens/s, {where}"),
@@ -181,7 +181,7 @@ def _open_corpus(model: Decoder, config: Config, data: Path | None) -> Corpus:
     if folder is None:
         raise ValueError("the run has no data.valid; name prepared shards with --data FOLDER")
     corpus = Corpus.open(folder, on_damage=config.data.on_damage)
-    if corpus.manifest.vocab_size > model.config.vocab_size:
+    if model_vocab_size(config, corpus.manifest.vocab_size) > model.config.vocab_size:
         raise ValueError(
             f"{folder} has tokens up to {corpus.manifest.vocab_size - 1}, the model's"
             f" vocab_size is {model.config.vocab_size}; prepare it with the run's tokenizer"
@@ -204,10 +204,12 @@ def _measure(
         result: Output = model(tokens, starts, state, labels=labels, scale=scale, step=step)
         return result
 
+    reading = choose_reading(config, model.config.vocab_size)
     return measure(
         forward,
         corpus,
-        segment_len=config.data.segment_len,
+        segment_len=reading.segment_len,
+        prepare=reading.prepare,
         segments=config.num_segments,
         lanes=choose_lanes(len(corpus.lengths), config.train.batch_size),
         tokens=tokens,
@@ -231,7 +233,8 @@ def _ask(model: Decoder, config: Config, corpus: Corpus, tasks: Tasks) -> Sequen
 
     stories = [name for name in TEXT_TASKS if name.startswith("story_")]
     names = [n for name in tasks.names for n in (stories if name == FACTS else [name])]
-    segment_len = config.data.segment_len
+    reading = choose_reading(config, model.config.vocab_size)
+    segment_len = reading.segment_len
     lengths = tasks.lengths or (4 * segment_len, 16 * segment_len)
     total = count_prompts(names, lengths, tasks.depths, tasks.prompts)
     with tqdm(total=total, desc="questions", leave=False, disable=None) as bar:
@@ -246,6 +249,8 @@ def _ask(model: Decoder, config: Config, corpus: Corpus, tasks: Tasks) -> Sequen
             seed=tasks.seed,
             filler=corpus_texts(corpus, 2 * (max(lengths) + segment_len)),
             pubmedqa=tasks.pubmedqa,
+            segment_len=segment_len,
+            prepare_batch=reading.prepare_tokens,
             done=bar.update,
         )
     return [Answers(result, in_words(result)) for result in results]

@@ -10,12 +10,14 @@ from torch import Tensor
 from data.index import Corpus
 from model.decoder import Output
 from model.memory.base import State
+from model.memory.hmt import Hmt
 from parallel.mesh import Mesh
 from train.build import Built
 from train.config import Config
 from train.evaluate import describe, say_verdict, write_files
 from train.measure import ALL, choose_lanes, measure
 from train.positions import Evaluation
+from train.reading import choose_reading
 from train.report import REPORT, Report
 from train.tracker import NoTracker, Tracker
 from train.verdict import metrics
@@ -54,12 +56,17 @@ class HeldOut:
             )
             return result
 
+        reading = choose_reading(config, self.built.model.config.vocab_size)
+        unit = scattered_lanes(self.built)
+        documents = len(self.corpus.lengths)
         evaluation = measure(
             forward,
             self.corpus,
-            segment_len=config.data.segment_len,
+            segment_len=reading.segment_len,
+            prepare=reading.prepare,
             segments=config.num_segments,
-            lanes=choose_lanes(len(self.corpus.lengths), config.train.batch_size, self.mesh.dp),
+            lanes=choose_lanes(documents, config.train.batch_size, self.mesh.dp, unit),
+            unit=unit,
             tokens=config.train.eval_tokens,
             conditions=ALL if compare else ("on",),
             mesh=self.mesh,
@@ -99,6 +106,11 @@ class HeldOut:
         report = Report(title=title, facts=facts, evaluation=evaluation, notes=notes)
         for path in write_files(folder / REPORT, report, about):
             self.tracker.artifact(path)
+
+
+def scattered_lanes(built: Built) -> int:
+    """Return what lanes come in multiples of: sequence parallelism cuts hmt's rows evenly then."""
+    return built.model.linears.scattered if isinstance(built.model.memory, Hmt) else 1
 
 
 def count_parameters(built: Built) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from data.index import Corpus
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
+from train.reading import model_vocab_size
 
 FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
 """What cannot change in the middle of a run: shapes of the weights, and which sample is which."""
@@ -28,8 +29,8 @@ SAME_LAYOUT = (
 
 MEMORY = "model.memory.name"
 
-FREE = ("model.memory.random_state_passing",)
-"""Inside FIXED, but a matter of training only."""
+FREE = ("random_state_passing", "gate_lr", "search_from")
+"""Of a memory, and so inside FIXED, but a matter of training only."""
 
 
 class Inputs(NamedTuple):
@@ -84,12 +85,14 @@ def _tokenizer_problems(
 ) -> list[tuple[str, str]]:
     problems = []
     held, asked = train.manifest.vocab_size, config.model.vocab_size
-    if asked is not None and asked < held:
+    needed = model_vocab_size(config, held)
+    if asked is not None and asked < needed:
+        landmark = f" (and a landmark, {needed})" if needed > held else ""
         problems.append(
             (
                 "model.vocab_size",
-                f"{asked} is less than the {held} tokens of {config.data.train}'s tokenizer;"
-                f" use {held} or leave it out",
+                f"{asked} is less than the {held} tokens of {config.data.train}'s tokenizer"
+                f"{landmark}; use {needed} or leave it out",
             )
         )
     if valid is not None and (valid.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256):
@@ -126,7 +129,8 @@ def checkpoint_problems(
     problems = []
     for name in sorted(saved.keys() | now.keys()):
         before, after = saved.get(name), now.get(name)
-        if before == after or name in FREE:
+        free = name.startswith("model.memory.") and name.endswith(FREE)
+        if before == after or free:
             continue
         if any(name == field or name.startswith(field + ".") for field in FIXED):
             problems.append(
@@ -152,7 +156,12 @@ def checkpoint_problems(
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if f"{prefix}{name}" == "model.memory" and isinstance(value, list):
+            # as overrides name them: model.memory.infini.rule
+            flat[MEMORY] = " + ".join(part["name"] for part in value)
+            for part in value:
+                flat |= _flat(part, f"{prefix}{name}.{part['name']}.")
+        elif isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

@@ -18,6 +18,7 @@ from parallel.mesh import Mesh
 from parallel.slicing import take_slice
 from train.build import Built
 from train.config import Config
+from train.curriculum import cut_documents, segment_limit
 from train.schedule import learning_rate
 
 
@@ -49,7 +50,11 @@ def train_steps(
     batches: Iterable[list[Batch]],
 ) -> Iterator[StepResult]:
     """Do one optimizer step for each item of batches and yield its result."""
-    for micro_batches in batches:
+    for step_batches in batches:
+        limit = segment_limit(config, state.step)
+        micro_batches = [
+            batch._replace(starts=cut_documents(batch.starts, limit)) for batch in step_batches
+        ]
         before = dict(state.memory)
         targets = count_targets(micro_batches, mesh)
         scale = torch.tensor(1.0 / max(1, targets), device=mesh.device)
@@ -122,14 +127,14 @@ def poison(loss: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
 
 def takes_passed_state(config: Config, step: int) -> bool:
     """Return whether documents begin this step with passed state: a function of (seed, step)."""
-    probability: float = getattr(config.model.memory, "random_state_passing", 0.0)
+    probability = config.model.memory.state_passing
     digest = hashlib.sha256(f"{config.seed}:passed:{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < probability * 2**64
 
 
 def hand_on(config: Config, built: Built, mesh: Mesh, state: TrainState) -> None:
     """Keep the first lane's state for random state passing, the same on all DP ranks."""
-    if not getattr(config.model.memory, "random_state_passing", 0.0):
+    if not config.model.memory.state_passing:
         return
     passed = built.model.memory.handed_on(state.memory[0])
     if passed is not None:

@@ -58,6 +58,7 @@ def measure(
     mesh: Mesh | None = None,
     layout: Layout | None = None,
     prepare: Prepare = lambda batch: batch,
+    unit: int = 1,
     micro_batch: int = 1,
     device: torch.device | None = None,
     workers: int = 0,
@@ -71,7 +72,8 @@ def measure(
     micro_batch lanes; with "shuffled" among the conditions one segment of a group, which has at
     least 2 lanes and at most 4 or micro_batch. "beyond" is measured along with "shuffled" where
     the state has a window. prepare: what becomes of a batch before the model reads it, such as
-    landmarks in it; segment_len counts tokens without them. All ranks of the mesh call this
+    landmarks in it; segment_len counts tokens without them. unit: lanes of a call are a multiple
+    of it, as those of a rank are. All ranks of the mesh call this
     together; with mesh None this process is alone and works on `device`.
     """
     streams = Streams(
@@ -81,12 +83,13 @@ def measure(
     why_not = _why_not_shuffled(streams, per_rank) if "shuffled" in conditions else None
     shuffled = "shuffled" in conditions and why_not is None
     limit = max(2, micro_batch, min(_LANES_TOGETHER, micro_batch * segments))
-    together = _divisor(per_rank, limit if shuffled else micro_batch, at_least=1 + shuffled)
+    lowest = max(unit, 1 + shuffled)
+    together = _divisor(per_rank, limit if shuffled else micro_batch, at_least=lowest, unit=unit)
     places = _places(prepare, segment_len)
     if shuffled and mesh and (together * len(places) // mesh.cp) % mesh.tp:
         # Sequence parallelism scatters the rows of a call, here of one segment.
         why_not = f"segment_len={segment_len} does not split over cp and tp one by one"
-        shuffled, together = False, _divisor(per_rank, micro_batch)
+        shuffled, together = False, _divisor(per_rank, micro_batch, at_least=unit, unit=unit)
     reader = _Reader(
         forward,
         streams,
@@ -211,14 +214,15 @@ class _Reader:
         )
 
 
-def choose_lanes(documents: int, batch_size: int, dp: int = 1) -> int:
-    """Return the streams to read: about batch_size, fewer of fewer documents, a multiple of dp.
+def choose_lanes(documents: int, batch_size: int, dp: int = 1, unit: int = 1) -> int:
+    """Return the streams to read: about batch_size, fewer of fewer documents, multiples of unit.
 
     An even number for each rank where there are documents for 2, so that memories can be
-    exchanged; the same whatever the memory, so that losses can be compared.
+    exchanged; the same whatever the memory, so that losses can be compared (but for a unit over 2).
     """
     each = min(documents, max(batch_size, 2 * dp)) // dp
-    return max(1, each - each % 2) * dp
+    even = max(1, each - each % 2)
+    return max(unit, even - even % unit) * dp
 
 
 def count_steps(streams: Streams, tokens: int | None) -> int:
@@ -255,9 +259,9 @@ def _places(prepare: Prepare, segment_len: int) -> Tensor:
     return prepare(probe).labels.flatten().clamp_min(0)
 
 
-def _divisor(number: int, limit: int, at_least: int = 1) -> int:
-    """Return the largest divisor from at_least to limit, else the smallest above."""
-    divisors = [n for n in range(at_least, number + 1) if number % n == 0]
+def _divisor(number: int, limit: int, at_least: int = 1, unit: int = 1) -> int:
+    """Return the largest divisor, a multiple of unit, from at_least to limit, else the next."""
+    divisors = [n for n in range(at_least, number + 1) if number % n == 0 and n % unit == 0]
     return max((n for n in divisors if n <= limit), default=divisors[0])
 
 

@@ -27,6 +27,7 @@ from train.inputs import Inputs, open_inputs
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.progress import Progress, Status
+from train.reading import choose_reading, model_vocab_size
 from train.resume import RunFolder, set_aside
 from train.signals import StopRequest
 from train.summary import plot, summarise
@@ -50,7 +51,8 @@ def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
     start_processes(timeout)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
     torch.manual_seed(config.seed)
-    model_config = to_model_config(config, inputs.train.manifest.vocab_size)
+    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    model_config = to_model_config(config, vocab_size)
     built = build(config, model_config, mesh)
     code = Pretraining(config, inputs, built, mesh, stop).run()
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
@@ -106,11 +108,12 @@ class Pretraining:
     def _train(self, state: TrainState) -> bool:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
+        reading = choose_reading(config, self.built.model.config.vocab_size)
         streams = Streams(
             self.inputs.train.lengths,
             seed=config.seed,
             lanes=config.train.batch_size,
-            segment_len=config.data.segment_len,
+            segment_len=reading.segment_len,
             segments=config.num_segments,
         )
         with contextlib.closing(
@@ -126,7 +129,8 @@ class Pretraining:
             )
         ) as batches:
             began = time.perf_counter()
-            for result in train_steps(config, self.built, self.mesh, state, batches):
+            read = ([reading.prepare(batch) for batch in step] for step in batches)
+            for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
                 self._record(state, result, now - began)
                 self._check_finite(state, result)

@@ -6,7 +6,7 @@ fields as soon as one field is wrong, and the user would meet his problems one a
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -35,9 +35,9 @@ def find_problems(
 ) -> list[str]:
     """Return a line for each problem of raw values for the model `root`."""
     look = _Examination(root)
-    look.at_section(root, raw, "")
+    look.at_section(root, raw, _Where("", "", ""))
     rules = broken_rules({**look.values, "world_size": world_size})
-    return look.problems + [f"{path}: {message}" for path, message in rules]
+    return look.problems + [f"{look.shown.get(path, path)}: {message}" for path, message in rules]
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -48,13 +48,29 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 def union_members(field: FieldInfo) -> dict[str, type[BaseModel]]:
     """Return the sections of a field that is a union told apart by `name`, {} for others."""
-    if field.discriminator is None:
-        return {}
     return {
         tag: member
-        for member in get_args(field.annotation)
+        for member in _alternatives(field.annotation)
+        if "name" in member.model_fields
         for tag in get_args(member.model_fields["name"].annotation)
     }
+
+
+def _alternatives(kind: object) -> Iterator[type[BaseModel]]:
+    """Yield the sections that a union, of unions even, is made of; none of a section itself."""
+    for part in () if get_origin(kind) in (tuple, Literal) else get_args(kind):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            yield part
+        else:
+            yield from _alternatives(part)
+
+
+def _items_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section of each item of a field that is a list of them."""
+    if get_origin(field.annotation) is not tuple:
+        return None
+    item = get_args(field.annotation)[0]
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -63,63 +79,120 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+class _Where(NamedTuple):
+    """Where a section is, each as the beginning of its keys' dotted paths."""
+
+    shown: str  # as a problem says it: model.memory.
+    rules: str  # as rules name it: model.memory.fam.
+    places: str  # without names and numbers: model.memory.
+
+    def below(self, name: str) -> "_Where":
+        """Return where the section at a key is."""
+        return _Where(*(f"{path}{name}." for path in self))
+
+
 class _Examination:
-    """A walk over raw values that collects valid fields, by dotted path, and problem lines."""
+    """A walk over raw values that collects valid fields, by rules' paths, and problem lines."""
 
     def __init__(self, root: type[BaseModel]) -> None:
         self.values: dict[str, object] = {}
+        self.shown: dict[str, str] = {}  # how a problem says a rule's path, where otherwise
         self.problems: list[str] = []
         # for a key in the wrong place: where it lives, the first place winning
         self.places: dict[str, _Place] = {}
         for place in _places(root, "", ""):
-            self.places.setdefault(place.path.rpartition(".")[2], place)
+            name = place.path.rpartition(".")[2]
+            known = self.places.setdefault(name, place)
+            if known.path == place.path and place.members not in ((), known.members):
+                members = (*known.members, *place.members)
+                self.places[name] = known._replace(members=members)
 
-    def at_section(self, section: type[BaseModel], raw: Mapping[str, object], path: str) -> None:
+    def at_section(self, section: type[BaseModel], raw: Mapping[str, object], at: _Where) -> None:
         for name, field in section.model_fields.items():
-            where = path + name
-            inner = section_of(field)
+            inner, item = section_of(field), _items_of(field)
+            self.shown[at.rules + name] = at.shown + name
             if inner is not None:
-                self.at_inner(inner, raw.get(name), where)
+                self.at_inner(inner, raw.get(name), at.below(name))
             elif union_members(field):
-                self.at_union(field, raw.get(name), where)
+                self.at_union(field, raw.get(name), at.shown + name)
             elif name in raw:
-                self.at_field(field, raw[name], where)
+                if item is None or self.at_items(item, raw[name], at.below(name)):
+                    self.at_field(field, raw[name], at, name)
             elif field.is_required():
-                self.problems.append(f"{where}: missing; {_first_sentence(field)}")
+                self.problems.append(f"{at.shown}{name}: missing; {_first_sentence(field)}")
             elif not field.default_factory_takes_validated_data:
                 # (a default made from other fields, run_dir, is read by no rule)
-                self.values[where] = field.get_default(call_default_factory=True)
+                self.values[at.rules + name] = field.get_default(call_default_factory=True)
         for key in raw:
             if key not in section.model_fields:
-                self.problems.append(self.unknown_key(section, path, str(key)))
+                self.problems.append(self.unknown_key(section, at, str(key)))
 
-    def at_inner(self, section: type[BaseModel], value: object, where: str) -> None:
+    def at_inner(self, section: type[BaseModel], value: object, at: _Where) -> None:
         # a section left out, or with every key commented out, has its fields' defaults
         if value is None:
             value = {}
         if isinstance(value, Mapping):
-            self.at_section(section, value, where + ".")
+            self.at_section(section, value, at)
         else:
-            self.problems.append(f"{where}: expected keys below it, got {shown(value)}")
+            self.problems.append(f"{at.shown[:-1]}: expected keys below it, got {shown(value)}")
+
+    def at_items(self, section: type[BaseModel], value: object, at: _Where) -> bool:
+        """Look at each section of a list; return whether all is well."""
+        before, where = len(self.problems), at.shown[:-1]
+        if not isinstance(value, list | tuple):
+            keys = ", ".join(f"{key}: .." for key in section.model_fields)
+            self.problems.append(
+                f"{where}: expected a list such as [{{{keys}}}], got {shown(value)}"
+            )
+            return False
+        for number, item in enumerate(value):
+            path = f"{where}[{number}]."
+            self.at_inner(section, item, _Where(path, path, at.places))
+        return len(self.problems) == before
 
     def at_union(self, field: FieldInfo, value: object, where: str) -> None:
-        members = union_members(field)
+        """Look at a section told apart by `name`, or a list of them.
+
+        Rules name its keys by its name (model.memory.fam.slots), and so do problems in a list.
+        """
+        members, before = union_members(field), len(self.problems)
         if value is None:
             value = field.get_default(call_default_factory=True).model_dump()
-        if not isinstance(value, Mapping):
-            name = value if value in members else next(iter(members))
-            self.problems.append(
-                f"{where}: expected keys below it, got {shown(value)};"
-                f" write {{name: {name}}}, or {where}.name={name} as an override"
-            )
-        elif "name" not in value:
-            self.problems.append(f"{where}.name: missing; one of {', '.join(members)}")
-        elif not isinstance(value["name"], str) or value["name"] not in members:
-            self.problems.append(f"{where}.name: {_not_one_of(value['name'], members)}")
+        if isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                self.at_member(members, item, where, f"{where}[{number}]", listed=True)
         else:
-            self.at_section(members[value["name"]], value, where + ".")
+            self.at_member(members, value, where, where, listed=False)
+        if len(self.problems) == before:
+            kind: Any = field.annotation
+            self.values[where] = TypeAdapter(kind).validate_python(value)
 
-    def at_field(self, field: FieldInfo, value: object, where: str) -> None:
+    def at_member(
+        self,
+        members: Mapping[str, type[BaseModel]],
+        value: object,
+        where: str,
+        path: str,
+        *,
+        listed: bool,
+    ) -> None:
+        if isinstance(value, str):  # a bare name stands for its keys
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            some = "a name or keys" if listed else "a name, keys below it or a list of these"
+            self.problems.append(f"{path}: expected {some}, got {shown(value)}")
+        elif "name" not in value:
+            self.problems.append(f"{path}.name: missing; one of {', '.join(members)}")
+        elif not isinstance(value["name"], str) or value["name"] not in members:
+            self.problems.append(f"{path}.name: {_not_one_of(value['name'], members)}")
+        else:
+            name = value["name"]
+            inside = f"{where}.{name}."
+            at = _Where(inside if listed else f"{where}.", inside, f"{where}.")
+            self.at_section(members[name], value, at)
+
+    def at_field(self, field: FieldInfo, value: object, at: _Where, name: str) -> None:
+        where = at.shown + name
         if isinstance(value, Mapping):
             self.problems += [
                 f"{where}.{key}: unknown key; {where} is a value and has no keys" for key in value
@@ -129,26 +202,28 @@ class _Examination:
         kind: Any = Annotated[(field.annotation, *rules)] if rules else field.annotation
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
         try:
-            self.values[where] = adapter.validate_python(value)
+            self.values[at.rules + name] = adapter.validate_python(value)
         except ValidationError as error:
             details = error.errors(include_url=False)[0]
             self.problems.append(f"{where}: {_message(details, field, value)}")
 
-    def unknown_key(self, section: type[BaseModel], path: str, key: str) -> str:
+    def unknown_key(self, section: type[BaseModel], at: _Where, key: str) -> str:
         place = self.places.get(key)
-        if place is not None and place.path == path + key:
-            hint = f"; only name={place.member} has it"
+        if place is not None and place.path == at.places + key:
+            *most, last = place.members
+            names = f"{', '.join(most)} or {last}" if most else last
+            hint = f"; only name={names} has it"
         elif place is not None:
             hint = f"; did you mean {place.path!r}?"
         else:
             known = ", ".join(section.model_fields)
             hint = did_you_mean(key, section.model_fields) or f"; known here: {known}"
-        return f"{path}{key}: unknown key{hint}"
+        return f"{at.shown}{key}: unknown key{hint}"
 
 
 class _Place(NamedTuple):
     path: str
-    member: str  # the union member that has it, "" outside a union
+    members: tuple[str, ...]  # the union members that have it, () outside a union
 
 
 def _places(section: type[BaseModel], path: str, member: str) -> Iterator[_Place]:
@@ -161,7 +236,7 @@ def _places(section: type[BaseModel], path: str, member: str) -> Iterator[_Place
         elif members := union_members(field):
             below += [(found, where + ".", tag) for tag, found in members.items()]
         else:
-            yield _Place(where, member)
+            yield _Place(where, (member,) if member else ())
     for arguments in below:
         yield from _places(*arguments)
 

@@ -5,19 +5,15 @@ every problem that can be known is told at once. A message gives the value, the 
 nearest values that work.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from model.config import VOCAB_MULTIPLE
-
-
-class Rule(NamedTuple):
-    """One rule: where its message is shown, what it reads, and the check."""
-
-    path: str
-    needs: tuple[str, ...]
-    check: Callable[..., str | None]
+from train.memories import IN_TURN, Memory, find_memory
+from train.memory_rules import MEMORY_RULES
+from train.remedies import Rule, nearest, nearest_divisors, nearest_multiples, not_multiple
+from train.sections import CurriculumStage
 
 
 def broken_rules(values: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -34,36 +30,6 @@ def broken_rules(values: Mapping[str, object]) -> list[tuple[str, str]]:
     return problems
 
 
-def nearest_multiples(value: int, of: int) -> str:
-    """Return the multiples of `of` next to value, nearest first, as `32 or 48`."""
-    below = value // of * of
-    return _nearest({below, below + of} - {0}, value)
-
-
-def nearest_divisors(value: int, of: int) -> str:
-    """Return the divisors of `of` next to value, nearest first, as `2 or 4`."""
-    small = [number for number in range(1, math.isqrt(of) + 1) if of % number == 0]
-    divisors = {*small, *(of // number for number in small)}
-    return _nearest(divisors, value)
-
-
-def _nearest(numbers: Iterable[int], value: int) -> str:
-    """Return the number next to value on each side, nearest first, as `2 or 4`."""
-    numbers = set(numbers)
-    below = sorted(number for number in numbers if number <= value)[-1:]
-    above = sorted(number for number in numbers if number > value)[:1]
-    near = sorted(below + above, key=lambda number: abs(number - value))
-    return " or ".join(map(str, near))
-
-
-def _multiple(value: int, of: int, name: str, otherwise: str = "") -> str | None:
-    """Return the problem of a value that is no multiple; name says what `of` is."""
-    if value % of == 0:
-        return None
-    use = nearest_multiples(value, of) + (f", or {otherwise}" if otherwise else "")
-    return f"{value} is not a multiple of {name} = {of}; use {use}"
-
-
 # model
 
 
@@ -77,15 +43,15 @@ def _kv_heads(num_kv_heads: int, num_heads: int) -> str | None:
 
 
 def _heads_over_tp(num_heads: int, tp: int) -> str | None:
-    return _multiple(num_heads, tp, "parallel.tp", "lower parallel.tp")
+    return not_multiple(num_heads, tp, "parallel.tp", "lower parallel.tp")
 
 
 def _kv_heads_over_tp(num_kv_heads: int, tp: int) -> str | None:
-    return _multiple(num_kv_heads, tp, "parallel.tp", "lower parallel.tp")
+    return not_multiple(num_kv_heads, tp, "parallel.tp", "lower parallel.tp")
 
 
 def _ffn_over_tp(ffn_size: int, tp: int) -> str | None:
-    return _multiple(ffn_size, tp, "parallel.tp")
+    return not_multiple(ffn_size, tp, "parallel.tp")
 
 
 def _tp(tp: int) -> str | None:
@@ -111,27 +77,20 @@ def _head_dim(head_dim: int | None, hidden_size: int, num_heads: int) -> str | N
     )
 
 
-def _fam_slots(slots: int, segment_len: int) -> str | None:
-    if slots <= segment_len:
-        return None
-    return (
-        f"{slots} is more than data.segment_len = {segment_len} (slots take the last positions"
-        f" of a segment); use at most {segment_len}"
-    )
-
-
 # lengths
 
 
 def _segment_len(segment_len: int, cp: int, layout: str) -> str | None:
     if layout == "contiguous":
-        return _multiple(segment_len, cp, "parallel.cp")
+        return not_multiple(segment_len, cp, "parallel.cp")
     contiguous = "set parallel.layout=contiguous" if segment_len % cp == 0 else ""
-    return _multiple(segment_len, 2 * cp, "2 * parallel.cp (zigzag: two chunks a rank)", contiguous)
+    return not_multiple(
+        segment_len, 2 * cp, "2 * parallel.cp (zigzag: two chunks a rank)", contiguous
+    )
 
 
 def _sample_len(sample_len: int, segment_len: int) -> str | None:
-    return _multiple(sample_len, segment_len, "data.segment_len")
+    return not_multiple(sample_len, segment_len, "data.segment_len")
 
 
 def _bptt_len(bptt_len: int | None, sample_len: int, segment_len: int) -> str | None:
@@ -150,7 +109,7 @@ def _bptt_len(bptt_len: int | None, sample_len: int, segment_len: int) -> str | 
         limit = f"is not a multiple of data.segment_len = {segment_len}"
     else:
         limit = f"does not divide data.sample_len = {sample_len}"
-    return f"{bptt_len} {limit}; use {_nearest(lengths, bptt_len)}"
+    return f"{bptt_len} {limit}; use {nearest(lengths, bptt_len)}"
 
 
 # ranks and rows
@@ -170,9 +129,9 @@ def _batch_size(
 ) -> str | None:
     if world_size is None or world_size % (tp * cp):
         # dp is not known; whatever it is, the rows of a rank are whole micro-batches
-        return _multiple(batch_size, micro_batch, "train.micro_batch")
+        return not_multiple(batch_size, micro_batch, "train.micro_batch")
     dp = world_size // (tp * cp)
-    return _multiple(batch_size, dp * micro_batch, f"dp * micro_batch = {dp} * {micro_batch}")
+    return not_multiple(batch_size, dp * micro_batch, f"dp * micro_batch = {dp} * {micro_batch}")
 
 
 def _sharded_rows(
@@ -183,30 +142,47 @@ def _sharded_rows(
     bptt_len: int | None,
     sample_len: int,
     segment_len: int,
+    memory: Memory,
 ) -> str | None:
-    window = sample_len if bptt_len is None else bptt_len
+    window, name = sample_len if bptt_len is None else bptt_len, "bptt_len"
+    if any(find_memory(memory, in_turn) for in_turn in IN_TURN):
+        window, name = segment_len, "segment_len"  # such memories take one segment a call
     if not sequence_parallel or window % segment_len or segment_len % cp:
         return None
     rows = micro_batch * window // cp
     if rows % tp == 0:
         return None
     return (
-        "a call's rows, micro_batch * bptt_len / cp ="
+        f"a call's rows, micro_batch * {name} / cp ="
         f" {micro_batch} * {window} / {cp} = {rows}, do not split over parallel.tp = {tp}; use"
         f" data.segment_len {nearest_multiples(segment_len, cp * math.lcm(2, tp))} or set"
         " parallel.sequence_parallel=false"
     )
 
 
-def _sharded_slots(slots: int, sequence_parallel: bool, tp: int) -> str | None:
-    if not sequence_parallel:
-        return None
-    return _multiple(
-        slots, tp, "parallel.tp (sequence parallelism)", "set parallel.sequence_parallel=false"
-    )
-
-
 # schedule
+
+
+def _curriculum(
+    stages: tuple[CurriculumStage, ...], sample_len: int, segment_len: int
+) -> str | None:
+    for earlier, stage in itertools.pairwise(stages):
+        if stage.until <= earlier.until:
+            return (
+                f"a stage until step {stage.until} comes after one until {earlier.until}; put"
+                " stages in the order of their steps, each later than the one before"
+            )
+    if sample_len % segment_len:
+        return None
+    segments = sample_len // segment_len
+    for stage in stages:
+        if stage.segments > segments:
+            return (
+                f"the stage until step {stage.until} has {stage.segments} segments, but a sample"
+                f" has sample_len / segment_len = {sample_len} / {segment_len} = {segments}; use"
+                f" at most {segments}, or a longer data.sample_len"
+            )
+    return None
 
 
 def _min_lr(min_lr: float, lr: float) -> str | None:
@@ -249,13 +225,12 @@ def _eval_every(eval_every: int | None, valid: object) -> str | None:
 def _keep_every(keep_every: int | None, every: int) -> str | None:
     if keep_every is None:
         return None
-    return _multiple(keep_every, every, "checkpoint.every")
+    return not_multiple(keep_every, every, "checkpoint.every")
 
 
 _TP, _CP, _SP = "parallel.tp", "parallel.cp", "parallel.sequence_parallel"
 _HEADS, _KV_HEADS = "model.num_heads", "model.num_kv_heads"
 _SEGMENT, _SAMPLE, _BPTT = "data.segment_len", "data.sample_len", "train.bptt_len"
-_SLOTS = "model.memory.slots"
 _BATCH, _MICRO = "train.batch_size", "train.micro_batch"
 _STEPS, _WARMUP = "train.steps", "train.warmup_steps"
 
@@ -266,13 +241,13 @@ RULES: tuple[Rule, ...] = (
     Rule(_KV_HEADS, (_KV_HEADS, _TP), _kv_heads_over_tp),
     Rule("model.ffn_size", ("model.ffn_size", _TP), _ffn_over_tp),
     Rule("model.head_dim", ("model.head_dim", "model.hidden_size", _HEADS), _head_dim),
-    Rule(_SLOTS, (_SLOTS, _SEGMENT), _fam_slots),
-    Rule(_SLOTS, (_SLOTS, _SP, _TP), _sharded_slots),
+    *MEMORY_RULES,
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
     Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),
     Rule(_BPTT, (_BPTT, _SAMPLE, _SEGMENT), _bptt_len),
     Rule("parallel", (_TP, _CP, "world_size"), _world_size),
-    Rule(_SP, (_SP, _TP, _CP, _MICRO, _BPTT, _SAMPLE, _SEGMENT), _sharded_rows),
+    Rule(_SP, (_SP, _TP, _CP, _MICRO, _BPTT, _SAMPLE, _SEGMENT, "model.memory"), _sharded_rows),
+    Rule("train.curriculum", ("train.curriculum", _SAMPLE, _SEGMENT), _curriculum),
     Rule(_BATCH, (_BATCH, _MICRO, _TP, _CP, "world_size"), _batch_size),
     Rule("train.min_lr", ("train.min_lr", "train.lr"), _min_lr),
     Rule(_WARMUP, (_WARMUP, _STEPS), _warmup_steps),

@@ -69,10 +69,10 @@ class ModelSection(Section):
         description="Standard deviation of the initial weights; residual outputs are scaled"
         " down with depth on top of it.",
     )
-    memory: Annotated[Memory, Field(discriminator="name")] = Field(
+    memory: Memory = Field(
         default_factory=lambda: NoMemory(name="none"),
         description="What carries the past from segment to segment. Give its name and only the"
-        " keys of that memory.",
+        " keys of that memory, or its name alone; or a list of several, such as [window, infini].",
     )
 
 
@@ -146,6 +146,15 @@ class ParallelSection(Section):
     )
 
 
+class CurriculumStage(Section):
+    """A part of the training in which documents are short for the memory."""
+
+    until: Count = Field(description="Optimizer step at which the next stage begins.")
+    segments: Count = Field(
+        description="Segments after which the memory begins anew. At most those of a sample.",
+    )
+
+
 class TrainSection(Section):
     """The optimization: how long, how much at once, and how the learning rate goes."""
 
@@ -163,6 +172,17 @@ class TrainSection(Section):
         default=None,
         description="Tokens between detaches of the memory: gradients go back this far. A"
         " multiple of segment_len that divides sample_len; left out, the whole sample.",
+    )
+    curriculum: tuple[CurriculumStage, ...] = Field(
+        default=(),
+        description="Stages such as {until: 2000, segments: 1}, in order: until that step every"
+        " sample is read as documents of at most so many segments, which a recurrent memory learns"
+        " from first. After the last stage documents are whole. Data and compute stay the same.",
+    )
+    curriculum_vary: bool = Field(
+        default=False,
+        description="In a stage, draw the number of segments anew each step, from 1 to the"
+        " stage's, so that no length is forgotten.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

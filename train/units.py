@@ -89,6 +89,7 @@ Index = Annotated[int, Field(ge=0), Whole]
 Count = Annotated[int, Field(ge=1), Whole]
 
 _Real = BeforeValidator(parse_real)
+Real = Annotated[float, _Real]
 Positive = Annotated[float, Field(gt=0), _Real]
 NonNegative = Annotated[float, Field(ge=0), _Real]
 Probability = Annotated[float, Field(ge=0, le=1), _Real]

@@ -1,14 +1,28 @@
 """From a configuration to a model: every field arrives, weights are those of no layout."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import FamMemory, ModelConfig, NoMemory, WindowMemory
+from model import memory as memories
+from model.config import (
+    AbcMemory,
+    ArmtMemory,
+    CmabMemory,
+    FamMemory,
+    HmtMemory,
+    InfiniMemory,
+    LandmarkMemory,
+    ModelConfig,
+    NoMemory,
+    RmtMemory,
+    WindowMemory,
+    compose,
+)
 from model.decoder import Decoder
 from model.init import initialise
 from parallel.mesh import build_mesh
@@ -16,8 +30,9 @@ from parallel.tensor import cut_of
 from tests.ranks import run_ranks
 from tests.train.runs import small
 from tests.train.tiny import FAM, Shards, build_tiny, tiny_config
-from train.build import MEMORY_CONFIGS, build, make_optimizer, to_compute_config, to_model_config
+from train.build import build, make_optimizer, to_compute_config, to_model_config
 from train.config import Config, validate
+from train.memories import IN_TURN, MEMORY_CONFIGS, Named
 
 UNUSUAL: dict[str, Any] = {
     "vocab_size": 999,
@@ -47,11 +62,67 @@ MEMORIES: dict[str, tuple[dict[str, Any], object]] = {
         },
         FamMemory(slots=5, window=2, state="latch", beta=3.5, query_position="previous"),
     ),
+    "infini": (
+        {"name": "infini", "rule": "delta", "gate_init": -0.5, "gate_lr": 3, "window": 2},
+        InfiniMemory(rule="delta", gate_init=-0.5, gate_lr=3.0, window=2),
+    ),
+    "abc": ({"name": "abc", "slots": 5, "window": 2}, AbcMemory(slots=5, window=2)),
+    "cmab": ({"name": "cmab", "latents": 5, "window": 2}, CmabMemory(latents=5, window=2)),
+    "rmt": (
+        {
+            "name": "rmt",
+            "slots": 5,
+            "mask": "causal",
+            "state": "latch",
+            "beta": 3.5,
+            "offset": True,
+            "window": 2,
+        },
+        RmtMemory(slots=5, mask="causal", state="latch", beta=3.5, offset=True, window=2),
+    ),
+    "armt": (
+        {"name": "armt", "slots": 5, "key_dim": 7, "window": 2},
+        ArmtMemory(slots=5, key_dim=7, window=2),
+    ),
+    "hmt": (
+        {
+            "name": "hmt",
+            "bank": 9,
+            "sensory": 5,
+            "search_dim": 7,
+            "search_from": 3,
+            "window": 2,
+        },
+        HmtMemory(bank=9, sensory=5, search_dim=7, search_from=3, window=2),
+    ),
+    "landmark": (
+        {
+            "name": "landmark",
+            "block": 16,
+            "window": 2,
+            "retrieve": 3,
+            "granularity": "heads",
+        },
+        LandmarkMemory(block=16, window=2, retrieve=3, granularity="heads"),
+    ),
 }
 
 
 def test_every_memory_is_tried_here() -> None:
-    assert MEMORIES.keys() == MEMORY_CONFIGS.keys()
+    sections = [get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(Named)]
+    assert list(MEMORIES) == sections == list(MEMORY_CONFIGS)
+    assert {kind().name for kind in MEMORY_CONFIGS.values()} == MEMORIES.keys()
+
+
+def test_a_list_is_composed() -> None:
+    raw = [{"name": "window", "segments": 2}, MEMORIES["abc"][0] | {"window": 0}, "infini"]
+    config = validate(small(model={**UNUSUAL, "memory": raw}))
+    expected = compose([WindowMemory(2), AbcMemory(slots=5), InfiniMemory()])
+    assert to_model_config(config, vocab_size=5).memory == expected
+
+
+def test_the_memories_in_turn_are_known() -> None:
+    assert {name for name, kind in memories.MEMORIES.items() if kind.in_turn} == set(IN_TURN)
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -111,6 +182,19 @@ def test_matrices_decay_norms_and_gains_do_not() -> None:
     assert (
         "embedding.weight" in groups[0.25] and "blocks.0.mixer.parts.fam.carry.gain" in groups[0.0]
     )
+
+
+def test_the_gates_have_a_rate_of_their_own_and_no_decay() -> None:
+    memory = {"name": "infini", "gate_lr": 7}
+    config = validate(small(train__weight_decay=0.25, model__memory=memory))
+    model = plain(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {
+        (group["weight_decay"], group["lr_scale"]): {names[id(p)] for p in group["params"]}
+        for group in make_optimizer(model, config).param_groups
+    }
+    assert groups.keys() == {(0.25, 1.0), (0.0, 1.0), (0.0, 7.0)}
+    assert groups[0.0, 7.0] == {f"blocks.{i}.mixer.parts.infini.gate" for i in range(2)}
 
 
 def test_the_optimizer_has_the_settings_asked_for() -> None:

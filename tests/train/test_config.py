@@ -21,6 +21,7 @@ from train.config import (
     schema,
     validate,
 )
+from train.memories import MEMORY_CONFIGS
 
 # overrides
 
@@ -73,6 +74,36 @@ def test_an_override_with_the_files_own_memory_keeps_its_keys() -> None:
     unnamed = small(model__memory={"slots": 8})
     changed = apply_overrides(unnamed, parse_overrides(["model.memory.name=fam"]))
     assert changed == raw
+
+
+@pytest.mark.parametrize("before", ["fam", ["window", "infini"], {"name": "rmt", "slots": 3}])
+@pytest.mark.parametrize(
+    ("texts", "memory"),
+    [
+        (["model.memory.name=none"], {"name": "none"}),
+        (["model.memory=fam", "model.memory.slots=8"], {"name": "fam", "slots": 8}),
+        (["model.memory=[window, infini]"], ["window", "infini"]),
+        (
+            ["model.memory=[window,infini]", "model.memory.infini.rule=delta"],
+            [{"name": "window"}, {"name": "infini", "rule": "delta"}],
+        ),
+    ],
+)
+def test_an_override_puts_any_memory_in_the_place_of_any(
+    before: object, texts: list[str], memory: object
+) -> None:
+    changed = apply_overrides(small(model__memory=before), parse_overrides(texts))
+    assert changed["model"]["memory"] == memory  # type: ignore[index]
+
+
+def test_an_override_reaches_a_memory_in_the_files_list_by_name() -> None:
+    raw = small(model__memory=[{"name": "window", "segments": 2}, "infini"])
+    texts = ["model.memory.infini.rule=delta", "model.memory.window.segments=3"]
+    changed = apply_overrides(raw, parse_overrides(texts))
+    assert changed["model"]["memory"] == [  # type: ignore[index]
+        {"name": "window", "segments": 3},
+        {"name": "infini", "rule": "delta"},
+    ]
 
 
 def test_an_override_of_an_unknown_key_is_the_same_problem(tmp_path: Path) -> None:
@@ -179,6 +210,13 @@ def test_the_configurations_of_the_repository_are_valid(file: str, ranks: int) -
 # dump and schema
 
 
+def _differ(parts: list[Any]) -> bool:
+    """Return whether no memory is named twice, and one at most sets a window."""
+    names = [part if isinstance(part, str) else part["name"] for part in parts]
+    windows = [part for part in parts if isinstance(part, dict) and part.get("window")]
+    return len(set(names)) == len(names) and not windows
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """Valid raw configurations, most fields drawn."""
@@ -194,7 +232,14 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             "random_state_passing": st.floats(0, 1),
         },
     )
-    memory = st.just({"name": "none"}) | st.just({"name": "window", "segments": 3}) | fam
+    infini = st.fixed_dictionaries(
+        {"name": st.just("infini")},
+        optional={"rule": st.sampled_from(["linear", "delta"]), "gate_init": st.floats(-9, 9)},
+    )
+    one = st.sampled_from(sorted(MEMORY_CONFIGS)) | fam | infini
+    some = st.lists(infini | fam | st.just("cmab"), max_size=3, unique_by=str)
+    several = some.map(lambda parts: ["window", *parts]).filter(_differ)
+    memory = one | several | st.just({"name": "window", "segments": 3})
     # what YAML could take for something else
     tricky = st.text("aé0.:/#-'\"{}[]%&*!|> \t\n~=<\\", min_size=1, max_size=12)
     name = st.text("aeNy019._-", min_size=1, max_size=8).map(lambda text: "0" + text)
@@ -230,8 +275,12 @@ def test_a_dumped_file_loads_to_the_same(tmp_path: Path) -> None:
     assert dump(load(write(tmp_path, text))) == text
 
 
+def _sections() -> list[dict[str, Any]]:
+    return [part for part in schema()["$defs"].values() if part["type"] == "object"]
+
+
 def _fields(schema_: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    sections = [schema_, *schema_["$defs"].values()]
+    sections = [schema_, *_sections()]
     return [item for section in sections for item in section["properties"].items()]
 
 
@@ -245,9 +294,15 @@ def test_the_schema_allows_units_and_gives_limits() -> None:
     assert {kind["type"] for kind in length["anyOf"]} == {"integer", "string"}
     assert definitions["CheckpointSection"]["properties"]["every"]["minimum"] == 1
     assert definitions["TrainSection"]["properties"]["lr"]["exclusiveMinimum"] == 0
-    assert all(section["additionalProperties"] is False for section in definitions.values())
+    assert all(section["additionalProperties"] is False for section in _sections())
 
 
 def test_the_schema_names_each_memory() -> None:
     memory = schema()["$defs"]["ModelSection"]["properties"]["memory"]
-    assert set(memory["discriminator"]["mapping"]) == {"none", "window", "fam"}
+    keys, names, several = memory["anyOf"]
+    known = set(MEMORY_CONFIGS)
+    assert set(keys["discriminator"]["mapping"]) == set(names["enum"]) == known
+    (item_keys, item_names) = schema()["$defs"][several["$ref"].rpartition("/")[2]]["items"][
+        "anyOf"
+    ]
+    assert (item_keys, item_names) == (keys, names)

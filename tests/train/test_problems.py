@@ -80,6 +80,7 @@ def test_a_missing_field_is_told_with_what_it_is_for() -> None:
         ("lr", "lr: unknown key; did you mean 'train.lr'?"),
         ("trian", "trian: unknown key; did you mean 'train'?"),
         ("model__slots", "model.slots: unknown key; did you mean 'model.memory.slots'?"),
+        ("model__block", "model.block: unknown key; did you mean 'model.memory.block'?"),
         ("checkpoint__xyz", "checkpoint.xyz: unknown key; known here: every, keep, keep_every"),
     ],
 )
@@ -100,7 +101,21 @@ def test_a_memory_is_chosen_by_name() -> None:
     }
     window = validate(small(model__memory={"name": "window"})).model.memory
     assert window.model_dump() == {"name": "window", "segments": 1}
+    assert validate(small(model__memory="window")).model.memory == window
     assert validate(small()).model.memory.name == "none"
+
+
+def test_memories_in_a_list_are_chosen_by_name() -> None:
+    memory = ["window", {"name": "infini", "rule": "delta"}]
+    found = validate(small(model__memory=memory)).model.memory
+    assert found.name == "window + infini"
+    assert found.model_dump() == (  # type: ignore[comparison-overlap]
+        {"name": "window", "segments": 1},
+        {"name": "infini", "rule": "delta", "gate_init": 0.0, "gate_lr": 10.0, "window": 0},
+    )
+
+
+NAMES = "none, window, fam, infini, abc, cmab, rmt, armt, hmt, landmark"
 
 
 @pytest.mark.parametrize(
@@ -108,16 +123,31 @@ def test_a_memory_is_chosen_by_name() -> None:
     [
         (
             {"name": "fan"},
-            "model.memory.name: 'fan' is not one of none, window, fam; did you mean 'fam'?",
+            f"model.memory.name: 'fan' is not one of {NAMES}; did you mean 'fam'?",
         ),
-        ({"name": None}, "model.memory.name: null is not one of none, window, fam"),
-        ({"slots": 4}, "model.memory.name: missing; one of none, window, fam"),
+        ("fan", f"model.memory.name: 'fan' is not one of {NAMES}; did you mean 'fam'?"),
+        ({"name": None}, f"model.memory.name: null is not one of {NAMES}"),
+        ({"slots": 4}, f"model.memory.name: missing; one of {NAMES}"),
+        (3, "model.memory: expected a name, keys below it or a list of these, got 3"),
+        (["fam", 3], "model.memory[1]: expected a name or keys, got 3"),
+        (["fam", "fan"], f"model.memory[1].name: 'fan' is not one of {NAMES}; did you mean 'fam'?"),
         (
-            "fam",
-            "model.memory: expected keys below it, got 'fam'; write {name: fam}, or"
-            " model.memory.name=fam as an override",
+            ["fam", {"name": "infini", "rul": 1}],
+            "model.memory.infini.rul: unknown key; did you mean 'rule'?",
         ),
-        ({"name": "none", "slots": 4}, "model.memory.slots: unknown key; only name=fam has it"),
+        (
+            ["window", {"name": "infini", "bank": 1}],
+            "model.memory.infini.bank: unknown key; only name=hmt has it",
+        ),
+        (
+            ["fam", {"name": "infini", "gate_init": "open"}],
+            "model.memory.infini.gate_init: expected a number such as 0.1 or 3e-4, got 'open'",
+        ),
+        ({"name": "landmark", "block": 1}, "model.memory.block: 1 is too small; the least is 2"),
+        (
+            {"name": "none", "slots": 4},
+            "model.memory.slots: unknown key; only name=fam, abc, rmt or armt has it",
+        ),
         ({"name": "fam", "slot": 4}, "model.memory.slot: unknown key; did you mean 'slots'?"),
         ({"name": "fam", "window": -1}, "model.memory.window: -1 is too small; the least is 0"),
         (
@@ -132,6 +162,45 @@ def test_a_memory_is_chosen_by_name() -> None:
 )
 def test_a_wrong_memory_is_told(memory: object, line: str) -> None:
     assert problems(small(model__memory=memory)) == (line,)
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "line"),
+    [
+        (
+            {"until": 5, "segments": 1},
+            "train.curriculum: expected a list such as [{until: .., segments: ..}], got"
+            " {'until': 5, 'segments': 1}",
+        ),
+        ([5], "train.curriculum[0]: expected keys below it, got 5"),
+        (
+            [{"until": 5, "segments": 1}, {"segments": 2}],
+            "train.curriculum[1].until: missing; optimizer step at which the next stage begins",
+        ),
+        (
+            [{"until": 5, "segments": 0}],
+            "train.curriculum[0].segments: 0 is too small; the least is 1",
+        ),
+        (
+            [{"until": 5, "segments": 1, "untill": 3}],
+            "train.curriculum[0].untill: unknown key; did you mean 'until'?",
+        ),
+    ],
+)
+def test_a_wrong_curriculum_is_told_with_the_stage(curriculum: object, line: str) -> None:
+    assert problems(small(train__curriculum=curriculum)) == (line,)
+
+
+def test_problems_of_memories_in_a_list_are_told_with_all_others() -> None:
+    raw = small(model__memory=["rmt", {"name": "hmt", "bank": 2}], train__min_lr=1)
+    assert problems(raw) == (
+        "model.memory: ['rmt', 'hmt']: rmt carries rows from the top of the stack to its bottom,"
+        " past every layer's memory; name rmt alone, or with window",
+        "model.memory.hmt.bank: 2 memories are fewer than a sample has segments, sample_len /"
+        " segment_len = 256 / 64 = 4, so training would search what has left the bank; use at"
+        " least 4, or a shorter data.sample_len",
+        "train.min_lr: 1 is above train.lr = 0.001, where the schedule starts; use at most 0.001",
+    )
 
 
 def test_field_and_layout_problems_are_told_together() -> None:

@@ -84,16 +84,18 @@ def test_memory_is_carried_across_the_kill(tmp_path: Path, shards: Shards) -> No
     broken, _ = pair(tmp_path, shards)
     kill_while_at(broken, 1, HALF + 1)
     saved = tensors_of(broken.run_dir, HALF)["rank-00000.safetensors"]
-    ages = [saved[f"memory/{lane}/0/window/age"].item() for lane in range(4)]
+    ages = [saved[f"memory/{lane}/layers/0/window/age"].item() for lane in range(4)]
     assert max(ages) > 4  # segments of one document: more than a sample has
-    assert all(saved[f"memory/{lane}/1/slots"].abs().sum() > 0 for lane in range(4))
+    assert all(
+        saved[f"memory/{lane}/layers/1/parts/fam/slots"].abs().sum() > 0 for lane in range(4)
+    )
 
 
 def test_random_state_passing_goes_on_bit_for_bit(tmp_path: Path, shards: Shards) -> None:
     memory = {"name": "fam", "slots": 4, "window": 1, "random_state_passing": 0.5}
     broken, whole = pair(tmp_path, shards, model__memory=memory, **TWO_OF_EACH)
     kill_while_at(broken, 2, HALF + 1)
-    assert "passed/0/slots" in tensors_of(broken.run_dir, HALF)["rank-00001.safetensors"]
+    assert "passed/0/fam/slots" in tensors_of(broken.run_dir, HALF)["rank-00001.safetensors"]
     finish(2, broken)
     finish(2, whole)
     assert_same_bits(broken.run_dir, whole.run_dir, STEPS)

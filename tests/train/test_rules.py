@@ -6,7 +6,9 @@ import pytest
 
 from tests.train.runs import problems, small
 from train.config import validate
-from train.rules import RULES, broken_rules, nearest_divisors, nearest_multiples
+from train.memories import MEMORY_CONFIGS
+from train.remedies import nearest_divisors, nearest_multiples
+from train.rules import RULES, broken_rules
 
 FAM = {"name": "fam", "slots": 64}
 
@@ -183,6 +185,18 @@ FAM = {"name": "fam", "slots": 64}
             " at most 90",
         ),
         (
+            {"train__curriculum": [{"until": 5, "segments": 1}, {"until": 5, "segments": 2}]},
+            None,
+            "train.curriculum: a stage until step 5 comes after one until 5; put stages in the"
+            " order of their steps, each later than the one before",
+        ),
+        (
+            {"train__curriculum": [{"until": 5, "segments": 4}, {"until": 9, "segments": 5}]},
+            None,
+            "train.curriculum: the stage until step 9 has 5 segments, but a sample has sample_len"
+            " / segment_len = 256 / 64 = 4; use at most 4, or a longer data.sample_len",
+        ),
+        (
             {"train__eval_every": 10},
             None,
             "train.eval_every: 10 needs data.valid, which is not set; give a prepared"
@@ -226,6 +240,7 @@ def test_a_broken_rule_says_value_limit_and_remedy(
         ({"train__schedule": "wsd", "train__decay_steps": 90, "train__warmup_steps": 10}, None),
         ({"train__eval_every": 10, "data__valid": "shards/valid"}, None),
         ({"checkpoint__every": 100, "checkpoint__keep_every": 300}, None),
+        ({"train__curriculum": [{"until": 5, "segments": 4}, {"until": 6, "segments": 1}]}, None),
     ],
 )
 def test_the_limit_itself_is_valid(changes: dict[str, Any], ranks: int | None) -> None:
@@ -246,7 +261,11 @@ def _dotted(values: dict[str, Any], path: str = "") -> set[str]:
 
 
 def test_the_fields_that_rules_read_exist() -> None:
-    known = _dotted(validate(small(model__memory=FAM)).model_dump()) | {"world_size"}
+    known = {"world_size", "model.memory"}
+    for name in MEMORY_CONFIGS:
+        values = validate(small(model__memory=name)).model_dump()
+        memory = values["model"].pop("memory")
+        known |= _dotted(values) | _dotted(memory, f"model.memory.{name}.")
     assert {path for rule in RULES for path in rule.needs} <= known
 
 
@@ -266,3 +285,9 @@ def test_the_nearest_divisors_come_nearest_first(value: int, of: int, text: str)
 
 def test_a_suggestion_for_absurd_numbers_comes_at_once() -> None:
     assert nearest_divisors(7, 10**12) == "8 or 5"
+    absurd = small(
+        model__memory={"name": "landmark", "block": 7},
+        data__segment_len=10**12,
+        data__sample_len=10**12,
+    )
+    assert "; use 8 or 5, or data.segment_len " in problems(absurd)[0]

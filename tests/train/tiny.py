@@ -15,6 +15,7 @@ from parallel.mesh import Mesh, build_mesh
 from train.build import Built, build, to_model_config
 from train.config import Config, validate
 from train.inputs import Inputs, open_inputs
+from train.reading import choose_reading, model_vocab_size
 
 SEGMENT = 16
 SAMPLE = 4 * SEGMENT
@@ -99,7 +100,8 @@ def build_tiny(config: Config) -> tuple[Built, Mesh, Inputs]:
     inputs = open_inputs(config, torch.distributed.get_world_size())
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp)
     torch.manual_seed(config.seed)
-    model_config = to_model_config(config, inputs.train.manifest.vocab_size)
+    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    model_config = to_model_config(config, vocab_size)
     return build(config, model_config, mesh), mesh, inputs
 
 
@@ -110,15 +112,18 @@ def tiny_config(shards: Shards, **changes: object) -> Config:
 
 def read_steps(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> list[list[Batch]]:
     """Return the first steps' micro-batches of this rank."""
+    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    reading = choose_reading(config, vocab_size)
     streams = Streams(
         inputs.train.lengths,
         seed=config.seed,
         lanes=config.train.batch_size,
-        segment_len=config.data.segment_len,
+        segment_len=reading.segment_len,
         segments=config.num_segments,
     )
-    return list(
-        load(
+    return [
+        [reading.prepare(batch) for batch in step]
+        for step in load(
             inputs.train,
             streams,
             position=0,
@@ -128,7 +133,7 @@ def read_steps(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> list[l
             workers=0,
             steps=steps,
         )
-    )
+    ]
 
 
 def without_targets(batch: Batch, lane: int, keep: int) -> Batch:
