@@ -12,15 +12,20 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from model.config import FamMemory, ModelConfig
+from model.config import ModelConfig
+from train.memory_flops import block_costs, memory_flops
 
 FORMULA_NAME = "causal mask-aware, no recomputation"
 
 FORMULA = (
-    "FLOPs/token = 3 x forward; forward = 2 x P + 4 x layers x heads x head_dim x keys;"
-    " P: parameters of all matrices, head included, embedding lookup and vocabulary padding"
-    " not; keys: (S + 1) / 2 of the own segment + S of each window segment + memory slots."
-    " FAM adds slots / S rows a token, each through all blocks, with S + slots keys."
+    "FLOPs/token = 3 x forward; forward = 2 x P + 4 x layers x heads x head_dim x keys + memory;"
+    " P: parameters of all matrices outside the memory, head included, embedding lookup and"
+    " vocabulary padding not; keys: (S + 1) / 2 of the own segment + S of each window segment +"
+    " those a token reads of the memory (slots, rows, retrieved blocks); memory: its own rows"
+    " through all blocks (fam slots / S a token, rmt 2 x slots / S, armt slots / S, hmt (sensory"
+    " + 3) / S and the summary of half a segment) with the keys they read, and its products:"
+    " reads and writes of matrices (infini, armt), scores and writes of slots (abc, cmab), the"
+    " search (hmt). Landmarks are tokens."
 )
 """In words, for run tags and the end of a run. S: segment_len."""
 
@@ -30,7 +35,7 @@ class Flops(NamedTuple):
 
     matrices: float  # tokens through QKV, output, FFN and head
     attention: float  # tokens' scores and weighted sums
-    memory: float  # the memory's own rows: matrices and attention
+    memory: float  # the memory's own rows and products; see train.memory_flops
 
 
 def forward_flops_per_token(model: ModelConfig, segment_len: int) -> Flops:
@@ -39,21 +44,11 @@ def forward_flops_per_token(model: ModelConfig, segment_len: int) -> Flops:
     There all window segments exist; in a document's first segments, which have none, the same
     cost is counted. segment_len is that of all ranks, in tokens.
     """
-    queries = model.num_heads * model.head_dim
-    qkv = queries + 2 * model.num_kv_heads * model.head_dim
-    block = model.hidden_size * (qkv + queries + 3 * model.ffn_size)
-    blocks = 2.0 * model.num_layers * block
-    key = 4.0 * model.num_layers * queries  # q k^T and p v, for one query and one key
-    slots = 0
-    match model.memory:
-        case FamMemory():
-            slots = model.memory.slots
-        case _:
-            pass
-    keys = (segment_len + 1) / 2 + model.window * segment_len + slots
-    chain = slots / segment_len * (blocks + key * (segment_len + slots))
+    costs = block_costs(model)
+    memory = memory_flops(model, model.memory, segment_len)
+    keys = (segment_len + 1) / 2 + model.window * segment_len + memory.keys
     head = 2.0 * model.hidden_size * model.vocab_size
-    return Flops(blocks + head, key * keys, chain)
+    return Flops(costs.row + head, costs.key * keys, memory.flops)
 
 
 def training_flops_per_token(model: ModelConfig, segment_len: int) -> float:

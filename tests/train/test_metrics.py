@@ -7,9 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import FamMemory, ModelConfig, WindowMemory
+from model.config import (
+    AbcMemory,
+    ArmtMemory,
+    CmabMemory,
+    FamMemory,
+    HmtMemory,
+    InfiniMemory,
+    LandmarkMemory,
+    MemoryConfig,
+    ModelConfig,
+    NoMemory,
+    RmtMemory,
+    WindowMemory,
+    compose,
+)
 from model.decoder import Decoder
 from train.metrics import (
+    Flops,
     Peak,
     forward_flops_per_token,
     listed_peak,
@@ -87,6 +102,84 @@ def test_fam_slots_are_keys_and_rows() -> None:
     assert flops.attention == 4 * 2 * 8 * (8.5 + 16 + 4)
     # 4 rows in 16 tokens: a quarter row a token, reading its segment and the slots
     assert flops.memory == 0.25 * (2 * 2 * block + 4 * 2 * 8 * (16 + 4))
+
+
+def cost(memory: MemoryConfig, segment_len: int = 16) -> Flops:
+    return forward_flops_per_token(replace(TINY, memory=memory), segment_len)
+
+
+ROW = 2 * (8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 12)
+"""FLOPs of a row in one block of TINY: D 8, QKV 8 + 4 + 4, FFN 12; no scores."""
+KEY = 4 * 8
+"""Of a query and a key in one block: 2 heads of 4, q k^T and p v."""
+
+
+def test_infini_reads_a_matrix_a_head_and_writes_one_a_key_head() -> None:
+    plain = cost(NoMemory())
+    linear, delta = cost(InfiniMemory()), cost(InfiniMemory("delta"))
+    assert (linear.matrices, linear.attention) == (plain.matrices, plain.attention)
+    # 2 layers, 2 query heads and 1 key head, 4 x 4 each; delta reads what it will overwrite
+    assert linear.memory == 2 * 2 * (2 + 1) * 16
+    assert delta.memory == 2 * 2 * (2 + 1 + 1) * 16
+
+
+def test_slots_are_keys_and_every_token_is_written_to_each() -> None:
+    plain = cost(NoMemory())
+    abc, cmab = cost(AbcMemory(slots=3)), cost(CmabMemory(latents=3, window=1))
+    assert abc.attention - plain.attention == 2 * KEY * 3
+    assert cmab.attention - plain.attention == 2 * KEY * (3 + 16)
+    # abc: a score of 8 features each; cmab: of a key of 4; both add key and value to each mean
+    assert abc.memory == 2 * 2 * (8 * 3 + 3 * 8)
+    assert cmab.memory == 2 * 2 * (4 * 3 + 3 * 8)
+
+
+def test_rmt_rows_go_through_all_blocks_twice() -> None:
+    paper, causal = cost(RmtMemory(slots=4)), cost(RmtMemory(slots=4, mask="causal"))
+    assert paper.attention == 2 * KEY * (8.5 + 4)
+    # 4 rows read 4; 4 rows read 4 + 16 tokens + 4
+    assert paper.memory == 2 * (8 * ROW + KEY * (16 + 4 * 24)) / 16
+    # 4 rows read 1, 2, 3, 4; 4 rows read 4 + 16 and 1, 2, 3, 4
+    assert causal.memory == 2 * (8 * ROW + KEY * (10 + 4 * 20 + 10)) / 16
+
+
+def test_armt_reads_a_matrix_in_every_layer_and_its_rows_write_it() -> None:
+    found, plain = cost(ArmtMemory(slots=4, key_dim=3)), cost(NoMemory())
+    assert found.attention == plain.attention
+    rows = 4 * ROW + KEY * 4 * 20
+    # a query of 3 is 18 features; 16 tokens and 4 rows ask; rows make key, value and strength,
+    # and take what the matrix says from what they write
+    read, write = 8 * 3 + 18 * 8, 8 * (3 + 8 + 1) + 2 * 18 * 8
+    assert found.memory == pytest.approx(2 * (rows + 2 * (20 * read + 4 * write)) / 16)
+
+
+def test_hmt_reads_half_a_segment_twice_and_searches() -> None:
+    found = cost(HmtMemory(bank=5, sensory=2, search_dim=3))
+    # the last memory and 2 sensory rows; half of the tokens read what was found
+    assert found.attention == 2 * KEY * (8.5 + 3 + 0.5)
+    # found 1, last 1, sensory 2 and 3, behind all 4 rows before it, itself and 16 tokens
+    around = 5 * ROW + KEY * (1 + 1 + 2 + 3 + 21)
+    # 8 tokens read 1 .. 8 and a row before them, which reads itself; one behind reads all 10
+    summary = 10 * ROW + KEY * (36 + 8 + 1 + 10)
+    # a query, 5 keys, 5 scores, a mean of 5
+    search = 2 * (8 * 3 + 5 * 8 * 3 + 5 * 3 + 5 * 8)
+    assert found.memory == pytest.approx((2 * (around + summary) + search) / 16)
+
+
+def test_landmarks_are_tokens_and_retrieved_blocks_keys() -> None:
+    assert cost(LandmarkMemory(block=4, window=1)) == cost(WindowMemory(1))
+    found, plain = cost(LandmarkMemory(block=4, retrieve=3)), cost(NoMemory())
+    assert found.attention - plain.attention == 2 * KEY * 12
+    assert found.memory == 0
+
+
+def test_composed_memories_cost_what_each_costs() -> None:
+    parts = [FamMemory(slots=4), InfiniMemory(), AbcMemory(slots=3)]
+    both = cost(compose([WindowMemory(2), *parts]))
+    each = [cost(part) for part in parts]
+    window = cost(WindowMemory(2)).attention
+    plain = cost(NoMemory()).attention
+    assert both.memory == sum(flops.memory for flops in each)
+    assert both.attention - window == sum(flops.attention - plain for flops in each)
 
 
 def test_the_8b_run_pays_little_for_its_slots() -> None:
