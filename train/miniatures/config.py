@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from data.tasks import PASSKEY_VOCAB
-from model.config import MemoryConfig, ModelConfig
+from model.config import ModelConfig
+from train.memories import to_memory_config
 from train.problems import ConfigError
 from train.sections import ModelSection, RunName
 from train.units import (
@@ -77,6 +78,11 @@ class PoolStage(StageSection):
     pool: Count = Field(default=256, description="States in each pool, key-free and keyed.")
     aged_rows: Index = Field(
         default=18, description="Rows of a step that go on from the keyed pool, once it is full."
+    )
+    blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS - 1)] = Field(
+        default=MAX_BLOCKS - 1,
+        description="Most blocks read with gradient before the question. Through a state that holds"
+        " well little gradient comes back, so 1 teaches writing fastest.",
     )
     noise: NonNegative = Field(
         default=0.1,
@@ -172,18 +178,15 @@ def load_miniature(path: str | Path) -> Miniature:
 def model_config(miniature: Miniature, changes: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return the model package's description, with `changes` in the memory's keys."""
     section = miniature.model
+    memory = section.memory
     if changes:
-        memory = type(section.memory).model_validate({**section.memory.model_dump(), **changes})
-        section = section.model_copy(update={"memory": memory})
-    kinds = {kind.name: kind for kind in get_args(MemoryConfig)}
-    kind = kinds[section.memory.name]
-    taken = {field.name for field in fields(kind)}
+        memory = type(memory).model_validate({**memory.model_dump(), **changes})
     known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim"}
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
         vocab_size=section.vocab_size or PASSKEY_VOCAB,
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
-        memory=kind(**section.memory.model_dump(include=taken)),
+        memory=to_memory_config(memory),
     )
 
 

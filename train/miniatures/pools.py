@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.memory.base import State, detach
 from train.miniatures.blocks import Blocks
-from train.miniatures.config import MAX_BLOCKS, PoolStage
+from train.miniatures.config import PoolStage
 from train.miniatures.learner import Learner, grade
 from train.miniatures.progress import Say
 from train.miniatures.states import join, noisy, pick, put
@@ -97,8 +97,8 @@ class Pools:
     def _read_with_gradient(
         self, state: State, keys: Tensor, fresh: Tensor, begins: Tensor
     ) -> tuple[State, int]:
-        """Read 1 to 4 blocks, the key in the first one of fresh rows; return how many."""
-        count = int(self.blocks.whole(1, MAX_BLOCKS))
+        """Read some blocks, the key in the first one of fresh rows; return how many."""
+        count = int(self.blocks.whole(1, self.stage.blocks + 1))
         tokens = self.blocks.filler(len(keys), count)
         first = tokens[:, 0].clone()
         self.blocks.put_keys(first, keys)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,24 @@ def _read(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found["config"] != config:
-        differ = sorted(key for key in config if found["config"].get(key) != config[key])
+    if differ := list(_differences(found["config"], config)):
         raise ValueError(
             f"{path} was made by another configuration (it differs in {', '.join(differ)});"
             " remove that folder, or give another --output"
         )
     return found
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Yield the keys whose values differ. One that only one side knows is newer than the result."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() & new.keys():
+            yield from _differences(old[key], new[key], f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*pair, f"{where}.{i}")
+    elif old != new:
+        yield where
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
