@@ -40,12 +40,14 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def make(stage: int, bf16: bool, seed: int = 0) -> ZeroEngine:
+def make(stage: int, bf16: bool, seed: int = 0, scale: float = 3.0) -> ZeroEngine:
+    """Return an engine; scale: of the rate of the second map's bias."""
     keep_matrices_partitioned()
     model = Net(seed)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [model.first.bias], "weight_decay": 0.0},
+        {"params": [model.second.bias], "weight_decay": 0.0, "lr_scale": scale},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     mesh = build_mesh(tp=1, cp=1)
@@ -201,6 +203,31 @@ def refuse(stage: int, bf16: bool) -> None:
 @EVERY
 def test_a_gradient_that_is_not_finite_leaves_no_trace(stage: int, bf16: bool) -> None:
     on_ranks(refuse, stage, bf16)
+
+
+def scaled_moves(stage: int, bf16: bool) -> None:
+    """A group's lr_scale multiplies its moves, at every step's rate, and nobody else's."""
+    one, many = (make(stage, bf16, scale=scale) for scale in (1.0, 4.0))
+    for step in (0, 1):
+        moves = []
+        for engine in (one, many):
+            before = {f.name: f.values["master"].clone() for f in engine.fragments()}
+            good_step(engine, step)
+            moves.append({f.name: f.values["master"] - before[f.name] for f in engine.fragments()})
+        moved = moves[1].pop("second.bias", None), moves[0].pop("second.bias", None)
+        if step == 0:
+            assert_each(moves[1], moves[0], 0.0)
+            if moved[1] is not None:  # of this rank's share
+                # of values of about 1 (float32), which moved by 0.01
+                assert relative(moved[0], 4 * moved[1]) < 1e-4
+    assert {group["lr"] / group.get("lr_scale", 1.0) for group in many.base.param_groups} == {
+        2 * LR
+    }
+
+
+@EVERY
+def test_a_groups_scale_multiplies_its_rate_at_every_step(stage: int, bf16: bool) -> None:
+    on_ranks(scaled_moves, stage, bf16)
 
 
 def forget_gradients(stage: int, bf16: bool) -> None:

@@ -160,6 +160,52 @@ def test_another_memory_is_one_problem(run: Path, shards: Shards) -> None:
     assert_says(line, "with fam", "--fresh")
 
 
+def compare(memory: object, before: object, run: Path, shards: Shards) -> list[tuple[str, str]]:
+    """Return the problems of going on with a memory from a checkpoint with another."""
+    (path,) = list_checkpoints(run / "checkpoints")
+    then = validate(tiny(run, shards, model__memory=before)).model_dump(mode="json")
+    manifest = dataclasses.replace(read_manifest(path), config=json.loads(json.dumps(then)))
+    return checkpoint_problems(validate(tiny(run, shards, model__memory=memory)), manifest, 2)
+
+
+HMT = {"name": "hmt", "sensory": 4}
+SEVERAL = ["window", {"name": "infini", "rule": "delta"}]
+
+
+def test_several_memories_are_compared_key_by_key(run: Path, shards: Shards) -> None:
+    assert compare(SEVERAL, SEVERAL, run, shards) == []
+    ((field, text),) = compare(["window", "infini"], SEVERAL, run, shards)
+    assert field == "model.memory.infini.rule"
+    assert_says(text, "linear, but", "trained with delta", "set it back")
+
+
+@pytest.mark.parametrize(
+    ("now", "before"), [(FAM, SEVERAL), (SEVERAL, FAM), (SEVERAL, ["window", "abc"])]
+)
+def test_other_memories_are_one_problem(
+    now: object, before: object, run: Path, shards: Shards
+) -> None:
+    ((field, text),) = compare(now, before, run, shards)
+    names = ["fam" if memory == FAM else "window + " for memory in (now, before)]
+    assert field == "model.memory.name"
+    assert_says(text, f"{names[0]}", f"trained with {names[1]}")
+
+
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        ({"name": "infini", "gate_lr": 3}, "infini"),
+        ({**HMT, "search_from": 9}, HMT),
+        (["window", {"name": "fam", "slots": 4, "random_state_passing": 0.5}],
+         ["window", {"name": "fam", "slots": 4}]),
+    ],
+)  # fmt: skip
+def test_what_concerns_a_memorys_training_alone_may_change(
+    now: object, before: object, run: Path, shards: Shards
+) -> None:
+    assert compare(now, before, run, shards) == []
+
+
 def test_a_checkpoint_of_another_number_of_ranks(run: Path, shards: Shards) -> None:
     line = one_line(tiny(run, shards), world_size=4)
     assert_says(line, "world size: 4", "saved by 2 ranks", "start 2")

@@ -112,8 +112,8 @@ def tiny_config(shards: Shards, **changes: object) -> Config:
 
 def read_steps(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> list[list[Batch]]:
     """Return the first steps' micro-batches of this rank."""
-    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
-    reading = choose_reading(config, vocab_size)
+    needed = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    reading = choose_reading(config, config.model.vocab_size or needed)
     streams = Streams(
         inputs.train.lengths,
         seed=config.seed,
