@@ -80,6 +80,17 @@ def test_a_near_key_leaves_the_question_whole() -> None:
     assert (tokens[:, 0] < FILLER).all()
 
 
+def test_a_landmark_ends_every_block_and_is_not_asked_for() -> None:
+    blocks = Blocks(16, 0, landmark=32)
+    keys = blocks.keys(200)
+    tokens = sample(blocks, keys, torch.arange(200) % 3, 2)
+    assert (tokens[..., -1] == 32).all()
+    assert (tokens[:, -1, -5:-1] == keys).all()
+    assert (tokens[:, -1, -6] == QUERY).all()
+    logits = torch.arange(16).view(1, 1, 16, 1)
+    assert blocks.answers(logits).flatten().tolist() == [10, 11, 12, 13]
+
+
 # --- curriculum
 
 
@@ -246,7 +257,8 @@ def test_the_check_reads_documents_of_the_lengths_asked_for(
     monkeypatch.setattr("train.miniatures.check.read", counting)
     monkeypatch.setattr("train.miniatures.check.num_bytes", lambda state: 3)
     section = CheckSection(lengths=(48, 96, 160), prompts=2, blocks_at_once=3)
-    done = check(None, section, 16, lambda line: None)  # type: ignore[arg-type]
+    miniature = small.model_copy(update={"check": section})
+    done = check(None, miniature, lambda line: None)  # type: ignore[arg-type]
     assert sorted(asked) == sorted(
         (count, key) for count in (3, 6, 10) for key in (0, count // 2, count - 2)
     )

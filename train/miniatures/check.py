@@ -19,7 +19,7 @@ from torch import Tensor
 from model.decoder import Decoder
 from model.memory.base import State
 from train.miniatures.blocks import Blocks
-from train.miniatures.config import CheckSection
+from train.miniatures.config import CheckSection, Miniature, landmark_of
 from train.miniatures.learner import grade, read
 from train.miniatures.progress import Say
 from train.miniatures.states import num_bytes
@@ -79,17 +79,18 @@ class Reader:
     def ask(self, state: State, keys: Tensor) -> Tensor:
         """Return which digits [rows, 4] are right."""
         logits, _ = self.read(self.blocks.questions(keys), state)
-        return grade(logits[:, -1], keys)[1]
+        return grade(self.blocks.answers(logits), keys)[1]
 
 
-def check(model: Decoder, section: CheckSection, segment_len: int, say: Say) -> Checked:
+def check(model: Decoder, miniature: Miniature, say: Say) -> Checked:
     """Return exact match and digits by length and place."""
+    section, segment_len = miniature.check, miniature.segment_len
     result, counted = Checked(), dict[tuple[int, str], list[int]]()
     began = time.process_time()
     lengths = sorted(length // segment_len for length in section.lengths)
     with torch.inference_mode():
         for part, rows in enumerate(_parts(section)):
-            blocks = Blocks(segment_len, section.seed + part)
+            blocks = Blocks(segment_len, section.seed + part, landmark_of(miniature))
             reader = Reader(model, blocks, rows, section.blocks_at_once)
             for count, place, right in _answers(reader, lengths, section, result):
                 here = counted.setdefault((count * segment_len, place), [0, 0, 0])

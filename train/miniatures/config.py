@@ -184,10 +184,15 @@ def model_config(miniature: Miniature, changes: Mapping[str, Any] | None = None)
     known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim"}
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
-        vocab_size=section.vocab_size or PASSKEY_VOCAB,
+        vocab_size=section.vocab_size or PASSKEY_VOCAB + (landmark_of(miniature) is not None),
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
         memory=to_memory_config(memory),
     )
+
+
+def landmark_of(miniature: Miniature) -> int | None:
+    """Return the token that ends each block; None where the memory has no landmarks."""
+    return PASSKEY_VOCAB if miniature.model.memory.name == "landmark" else None
 
 
 def _lines(error: ValidationError) -> list[str]:

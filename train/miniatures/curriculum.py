@@ -72,7 +72,7 @@ def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
         weights = amplification(blocks, places, difficulty.distance, difficulty.amplify)
         state = burn_in(learner, stage.burn_in if difficulty.distance > 1 else 0)
         logits, _ = learner.read(tokens, state, weights=weights)
-        loss, right = grade(logits[:, -1], keys)
+        loss, right = grade(blocks.answers(logits), keys)
         learner.learn(loss)
         difficulty.observe(right[places == 0].all(-1).float().mean().item())
         if (step + 1) % 100 == 0:
@@ -90,7 +90,7 @@ def sample(blocks: Blocks, keys: Tensor, places: Tensor, distance: int) -> Tenso
     tokens = torch.cat((blocks.filler(len(keys), distance), blocks.questions(keys)), 1)
     near = (places == distance).nonzero().squeeze(1)
     far = (places < distance).nonzero().squeeze(1)
-    for rows, room in ((far, blocks.length), (near, blocks.length - keys.shape[1] - 1)):
+    for rows, room in ((far, blocks.regular), (near, blocks.regular - keys.shape[1] - 1)):
         chosen = tokens[rows, places[rows]]
         blocks.put_keys(chosen, keys[rows], room=room)
         tokens[rows, places[rows]] = chosen

@@ -12,8 +12,8 @@ from torch.nn import functional
 from model.decoder import Decoder
 from model.init import initialise
 from model.memory.base import State
-from train.miniatures.blocks import Blocks, answers
-from train.miniatures.config import Changes, Miniature, StageSection, model_config
+from train.miniatures.blocks import Blocks
+from train.miniatures.config import Changes, Miniature, StageSection, landmark_of, model_config
 
 
 class Learner:
@@ -21,7 +21,7 @@ class Learner:
 
     def __init__(self, miniature: Miniature, seed: int) -> None:
         self.miniature = miniature
-        self.blocks = Blocks(miniature.segment_len, seed)
+        self.blocks = Blocks(miniature.segment_len, seed, landmark_of(miniature))
         self.steps_done = 0
         config = model_config(miniature, miniature.stages[0].memory)
         self.model = Decoder(config)
@@ -77,9 +77,8 @@ def read(
     return logits, after
 
 
-def grade(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss and which digits [rows, 4] are right, of a question block's logits."""
-    given = answers(logits)
+def grade(given: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss, and which digits [rows, 4] are right, of answers [rows, 4, V]."""
     loss = functional.cross_entropy(given.flatten(0, 1), keys.flatten())
     return loss, given.argmax(-1) == keys
 

@@ -78,7 +78,7 @@ class Pools:
         state, read = self._read_with_gradient(state, keys, fresh, begins)
         # On a fork: the state after the question is dropped, so no answer refreshes a memory.
         logits, _ = self.learner.read(blocks.questions(keys), state)
-        loss, digits = grade(logits[:, -1], keys)
+        loss, digits = grade(blocks.answers(logits), keys)
         self.learner.learn(loss)
         right = digits.all(-1)
         self._keep(state, keys, torch.where(begins, 0, age) + read, right, old)

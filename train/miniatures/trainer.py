@@ -50,9 +50,7 @@ def run_seed(miniature: Miniature, seed: int, folder: Path, say: Say) -> dict[st
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         _write(folder / TRAINING, trained)
-    checked = check(
-        restored(miniature, folder / WEIGHTS), miniature.check, miniature.segment_len, say
-    )
+    checked = check(restored(miniature, folder / WEIGHTS), miniature, say)
     result = {**trained, "config": config, "name": miniature.name, "seed": seed}
     result |= _as_json(checked)
     _write(folder / RESULT, result)
