@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from train.generate_cli import generate
+from train.generate_cli import ChangesOption, generate
 from train.miniature_cli import miniature
 from train.provenance import PACKAGES, check_provenance
 
@@ -297,6 +297,7 @@ def evaluate(
     track: Annotated[
         bool, typer.Option("--track", help="Also log to the MLflow run of the checkpoint.")
     ] = False,
+    changes: ChangesOption = None,
 ) -> None:
     """Measure a checkpoint's loss by position in the document, and whether its memory is used.
 
@@ -327,6 +328,7 @@ def evaluate(
         output=output,
         tasks=Tasks(_listed(tasks), distances, prompts=prompts, seed=seed, pubmedqa=pubmedqa),
         track=track,
+        changes=changes or (),
     )
     raise typer.Exit(code)
 

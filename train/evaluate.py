@@ -54,6 +54,7 @@ def run(
     output: Path | None = None,
     tasks: Tasks = NO_TASKS,
     track: bool = False,
+    changes: Sequence[str] = (),
 ) -> int:
     """Evaluate a checkpoint on this one process, print a table and return 0.
 
@@ -61,6 +62,7 @@ def run(
     shards (None: the run's data.valid). memory: with it, without and shuffled, for the
     differences; False: only without. tokens: about as many (None: all). output: where to write
     an HTML page, with JSON and a picture beside it. track: log to the run's MLflow run, too.
+    changes: of the memory, see snapshot.read_model.
 
     Raises ValueError for everything that the user can mend.
     """
@@ -68,7 +70,7 @@ def run(
     from train.snapshot import load_model
 
     folder, manifest = choose_checkpoint(checkpoint)
-    model, config = load_model(folder, manifest)
+    model, config = load_model(folder, manifest, changes)
     corpus = _open_corpus(model, config, data)
     answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
     conditions = _conditions(config, memory)

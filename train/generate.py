@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -63,15 +64,17 @@ def run(
     context: str | None = None,
     tokenizer: Path | None = None,
     suffix_tokens: int = 64,
+    changes: Items[str] = (),
 ) -> int:
     """Read the prompt (a file, or - for standard input), print it continued, and return 0.
 
     context: for models without memory, `truncate` or `homer`. tokenizer: a file; None takes the
-    run's own. suffix_tokens: with homer, the end of the prompt that every chunk is read beside.
+    run's own. changes: see snapshot.read_model. suffix_tokens: with homer, the end of the prompt
+    that every chunk is read beside.
 
     Raises ValueError for everything that the user can mend.
     """
-    model, config = read_model(checkpoint)
+    model, config = read_model(checkpoint, changes)
     words = open_tokenizer(model, config, tokenizer)
     with _opened(prompt) as file:
         pieces = encoded(file, words, "standard input" if prompt == "-" else prompt)

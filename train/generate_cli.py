@@ -7,6 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
+ChangesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Let the memory do otherwise than in training: retrieve=4 (landmark), beta=8 (latch).",
+    ),
+]
+
 
 def generate(
     checkpoint: Annotated[
@@ -39,6 +48,7 @@ def generate(
             show_default="an error",
         ),
     ] = None,
+    changes: ChangesOption = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The run's tokenizer.", show_default="the data's"),
@@ -61,4 +71,12 @@ def generate(
     from train.generate import Wanted, run
 
     wanted = Wanted(max_tokens, Sampling(temperature, top_p, seed), tuple(stop or ()))
-    raise typer.Exit(run(checkpoint, prompt, wanted, context=context, tokenizer=tokenizer))
+    code = run(
+        checkpoint,
+        prompt,
+        wanted,
+        context=context,
+        tokenizer=tokenizer,
+        changes=changes or (),
+    )
+    raise typer.Exit(code)

@@ -227,8 +227,9 @@ class LandmarkMemory(MemorySection):
     )
     granularity: Literal["token_and_head", "heads", "tokens"] = Field(
         default="token_and_head",
-        description="What chooses blocks for itself: every token and head, every head (one choice"
-        " for all tokens of a call), or every token (one for all heads).",
+        description="Which choose alike. token_and_head: none, each token and head has blocks of"
+        " its own; heads: all heads of a token; tokens: all tokens of a call, so that a token's"
+        " choice depends on later ones: for reading prompts fast, not for training.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from parallel.mesh import Mesh
 from parallel.tensor import cut_of
 from train.build import Built, to_compute_config, to_model_config
 from train.checkpoint import BadCheckpoint, Manifest, MasterWeights, choose_checkpoint
-from train.config import Config, validate
+from train.config import Config, apply_overrides, parse_overrides, validate
 from train.loop import TrainState
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "longhaul")
@@ -100,17 +101,24 @@ def describe(
     )
 
 
-def read_model(folder: Path) -> tuple[Decoder, Config]:
+def read_model(folder: Path, changes: Iterable[str] = ()) -> tuple[Decoder, Config]:
     """Return a checkpoint's model, whole and in float32 on this process, and its configuration.
 
-    folder: a checkpoint, or a run for its newest good one. Raises ValueError where there is none.
+    folder: a checkpoint, or a run for its newest good one. changes: `key=value` of the memory, for
+    what it may do otherwise than in training (`retrieve=4`, `beta=8`). Raises ValueError where
+    there is no checkpoint, or it has no such key.
     """
-    return load_model(*choose_checkpoint(folder))
+    return load_model(*choose_checkpoint(folder), changes)
 
 
-def load_model(path: Path, manifest: Manifest) -> tuple[Decoder, Config]:
+def load_model(
+    path: Path, manifest: Manifest, changes: Iterable[str] = ()
+) -> tuple[Decoder, Config]:
     """Return the model of a checkpoint that was chosen, and its configuration; see read_model."""
-    config = validate(manifest.config, source=str(path / "manifest.json"))
+    overrides = parse_overrides(f"model.memory.{change}" for change in changes)
+    config = validate(
+        apply_overrides(manifest.config, overrides), source=str(path / "manifest.json")
+    )
     with torch.device("meta"):
         model = Decoder(
             to_model_config(config, manifest.vocab_size), compute=to_compute_config(config)
@@ -119,7 +127,14 @@ def load_model(path: Path, manifest: Manifest) -> tuple[Decoder, Config]:
     weights = MasterWeights(path, manifest)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            saved = weights[name] if name in manifest.parameters else None
+            if saved is None or saved.shape != parameter.shape:
+                raise ValueError(
+                    f"{path} has no {name} of {list(parameter.shape)}: a change of the memory that"
+                    " changes its parameters; only what has none, such as retrieve or beta, can be"
+                    " changed after training"
+                )
+            parameter.copy_(saved)
     return model.eval(), config
 
 
@@ -140,7 +155,8 @@ def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
     if isinstance(template, Tensor):
         if prefix not in tensors:
             raise BadCheckpoint(f"no {prefix} in the checkpoint: saved with another memory")
-        return tensors[prefix].to(template.dtype)  # another one where train.precision was changed
+        # another type where train.precision was changed; a store of blocks stays on the host
+        return tensors[prefix].to(template.device, template.dtype)
     filled = {n: _fill(part, tensors, f"{prefix}/{n}") for n, part in named_parts(template)}
     if isinstance(template, dict):
         return filled

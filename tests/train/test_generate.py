@@ -163,6 +163,15 @@ def test_bad_wishes_have_one_clear_error(
         run(runs[name], str(path), **({"wanted": SHORT} | options))
 
 
+def test_the_memory_may_do_otherwise_than_in_training(runs: dict[str, Path]) -> None:
+    model, _ = read_model(runs["fam"], ["beta=8", "state=latch"])
+    assert (model.config.memory.beta, model.config.memory.state) == (8.0, "latch")
+    with pytest.raises(ValueError, match="a change of the memory that changes its parameters"):
+        read_model(runs["fam"], ["slots=6"])
+    with pytest.raises(ValueError, match="model.memory.retrieve: unknown key"):
+        read_model(runs["fam"], ["retrieve=4"])
+
+
 def test_files_that_are_no_prompt_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         run(runs["fam"], str(tmp_path / "missing"), SHORT)
