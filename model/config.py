@@ -98,6 +98,7 @@ class HmtMemory:
     sensory: int = 32
     search_dim: int = 64
     search_from: int = 0
+    search: bool = True  # False: of a checkpoint from before search_from, which is read as trained
     window: int = 0
     name: Literal["hmt"] = "hmt"
 

@@ -170,6 +170,7 @@ class Decoder(nn.Module):
         step: int | None = None,
         weights: Tensor | None = None,
         only: int | None = None,
+        filled: int | None = None,
     ) -> Any:
         """Return an Output; without labels (logits [B, N, S, V], state).
 
@@ -179,9 +180,17 @@ class Decoder(nn.Module):
         memory's own start (random state passing); step: of training, for memories that train in
         stages (None: the last one); weights [B, N]: the log of how many segments like it each
         segment stands for in what memories write (None: 1 each); only: logits of this place in
-        the last segment alone, [B, 1, 1, V], on one device (-1: of the last token).
+        the last segment alone, [B, 1, 1, V], on one device (-1: of the last token); filled: one
+        open segment (N = 1) of so many tokens, padding behind them; its state is of no use.
         """
-        segments = self.segments(tokens, starts, fresh=state is None, weights=weights)
+        if weights is not None and not self.memory.weighted:
+            raise ValueError(
+                f"weights count what a memory writes, and {self.config.memory.name} has no such"
+                " count; they are for infini (linear), abc and cmab"
+            )
+        segments = self.segments(
+            tokens, starts, fresh=state is None, weights=weights, filled=filled
+        )
         before = state or self.empty(segments)
         if isinstance(self.memory, InTurn):
             x, after = self._in_turn(self.memory, tokens, segments, before, step)
@@ -300,7 +309,13 @@ class Decoder(nn.Module):
         return ordered
 
     def segments(
-        self, tokens: Tensor, starts: Tensor, *, fresh: bool, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        *,
+        fresh: bool,
+        weights: Tensor | None = None,
+        filled: int | None = None,
     ) -> Segments:
         """Return what the layers know of these segments; fresh: the streams have read nothing."""
         batch, count, length = tokens.shape
@@ -316,7 +331,7 @@ class Decoder(nn.Module):
         first = torch.arange(window + count).unsqueeze(1) * segment_len
         cos, sin = rope(first + self.sequence.positions(segment_len))
         return Segments(
-            batch, count, length, segment_len, starts, weights, window, cos, sin, rope,
+            batch, count, length, segment_len, starts, weights, window, cos, sin, filled, rope,
             self.sequence, self.linears,
         )  # fmt: skip
 

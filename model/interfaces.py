@@ -130,6 +130,7 @@ class Segments(NamedTuple):
     window: int  # M, segments before whose keys tokens read
     cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first
     sin: Tensor
+    filled: int | None  # tokens known of one open segment, padding behind them; None: complete
     rope: Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of other positions, same origin
     sequence: Sequence
     linears: Linears

@@ -15,7 +15,7 @@ def rope_tables(
     positions: Tensor, head_dim: int, base: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [*positions, head_dim / 2], float32 (float64 for a float64 model)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
     angles = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)

@@ -27,8 +27,8 @@ from model.memory.mixer import OpenLayer
 class Open(Protocol):
     """A segment that is not complete yet."""
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Return logits [B, c, V] of its next tokens [B, c]."""
+    def read(self, tokens: Tensor, *, every: bool) -> Tensor:
+        """Return logits [B, c, V] of its next tokens [B, c], or [B, 1, V] of the last one."""
         ...
 
 
@@ -52,23 +52,26 @@ class Incremental:
             rows, layer = block.mixer.open(block, rows, self.segments, state, begin)
             self.layers.append(layer)
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Return logits [B, c, V]; reads up to the segment's middle, then from there."""
+    def read(self, tokens: Tensor, *, every: bool) -> Tensor:
+        """Return logits; reads up to the segment's middle, then from there."""
         until = self.half - self.tokens.shape[1]
         if not 0 < until <= tokens.shape[1]:
-            return self._read(tokens)
-        first = self._read(tokens[:, :until])
+            return self._read(tokens, every)
+        first = self._read(tokens[:, :until], every)
         self._join_at_half()
         rest = tokens[:, until:]
-        return torch.cat((first, self._read(rest)), 1) if rest.shape[1] else first
+        if not rest.shape[1]:
+            return first
+        second = self._read(rest, every)
+        return torch.cat((first, second), 1) if every else second
 
-    def _read(self, tokens: Tensor) -> Tensor:
+    def _read(self, tokens: Tensor, every: bool) -> Tensor:
         model, x = self.model, self.model.embed(tokens)
         for i, block in enumerate(model.layers()):
             x, self.layers[i] = block.mixer.extend(block, x, self.segments, self.layers[i])
         self.tokens = torch.cat((self.tokens, tokens), 1)
-        logits: Tensor = model.logits(x).unflatten(0, tokens.shape)
-        return logits
+        x = x.unflatten(0, tokens.shape)
+        return model.logits(x if every else x[:, -1:])
 
     def _join_at_half(self) -> None:
         memory = self.model.memory
@@ -88,15 +91,21 @@ class Recomputed:
         self.starts, self.carried = starts, carried
         self.tokens: Tensor | None = None
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Return logits [B, c, V]."""
+    def read(self, tokens: Tensor, *, every: bool) -> Tensor:
+        """Return logits; with `every` False, of the last token."""
         known = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)
         self.tokens = known
         padded = known.new_zeros(known.shape[0], 1, self.segment_len)
         padded[:, 0, : known.shape[1]] = known
-        logits, _ = self.model(padded, self.starts, self.carried)
-        new: Tensor = logits[:, 0, known.shape[1] - tokens.shape[1] : known.shape[1]]
+        end = known.shape[1]
+        only = None if every else end - 1
+        logits, _ = self.model(padded, self.starts, self.carried, only=only, filled=end)
+        new: Tensor = logits[:, 0, end - tokens.shape[1] : end] if every else logits[:, 0]
         return new
+
+    def hold(self, tokens: Tensor) -> None:
+        """Take tokens whose logits nobody wants; they are read with the next ones."""
+        self.tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)
 
 
 class Stream:
@@ -158,7 +167,7 @@ class Stream:
             else:
                 held = 0 if self.known is None else self.known.shape[1]
                 taken, tokens = _split(tokens, self.text_len - held)
-                logits = self._in_segment(taken)
+                logits = self._in_segment(taken, every)
             self.num_tokens += taken.shape[1]
             found = [*found, logits] if every else [logits]
         return torch.cat(found, 1)
@@ -177,7 +186,7 @@ class Stream:
         logits = logits.flatten(1, 2)
         return self._of_text(logits) if every and self.block is not None else logits
 
-    def _in_segment(self, tokens: Tensor) -> Tensor:
+    def _in_segment(self, tokens: Tensor, every: bool) -> Tensor:
         """Read tokens that the open segment has room for."""
         held = self.known
         if self.open is None:
@@ -185,14 +194,28 @@ class Stream:
             self.open = kind(self.model, self.segment_len, self.starts, self.carried)
         known = tokens if held is None else torch.cat((held, tokens), 1)
         if self.block is None:
-            logits = self.open.read(tokens)
-        else:
+            logits = self.open.read(tokens, every=every)
+        elif every:
             first = 0 if held is None else self._spelled(held).shape[1]
-            logits = self._of_text(self.open.read(self._spelled(known)[:, first:]), first)
+            read = self._spelled(known)[:, first:]
+            logits = self._of_text(self.open.read(read, every=True), first)
+        else:
+            logits = self._last_of_text(held, known)
         self.known = known
         if known.shape[1] == self.text_len:
             self._segments(known, 1, every=False)
             self.open = self.known = None
+        return logits
+
+    def _last_of_text(self, held: Tensor | None, known: Tensor) -> Tensor:
+        """Read what is new of the known tokens; return the logits [B, 1, V] of the last one."""
+        assert self.open is not None and self.block is not None
+        first = 0 if held is None else self._spelled(held).shape[1]
+        new = self._spelled(known)[:, first:]
+        landmark = known.shape[1] % (self.block - 1) == 0  # one closes the block behind the token
+        logits = self.open.read(new[:, :-1] if landmark else new, every=False)
+        if landmark and isinstance(self.open, Recomputed):
+            self.open.hold(new[:, -1:])
         return logits
 
     def _spelled(self, tokens: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """`longhaul generate`: read a prompt of any length, then write on.
 
 The prompt is read in pieces through the model's memory (model.stream), so what is held does not
-depend on its length. A model without memory can see one segment; a longer prompt is cut
-(`truncate`), or merged hierarchically (`homer`), which is always shown beside the cut one.
+depend on its length; only landmark's `retrieve` keeps blocks of all of it, on the host. A model
+without memory can see one segment; a longer prompt is cut (`truncate`), or merged hierarchically
+(`homer`), which is always shown beside the cut one.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def run(
             )
         stream, logits = read_prompt(model, config, pieces)
     _say_state(stream)
-    for text in write(logits, lambda token: _step(stream, token), words, wanted, never(model)):
+    for text in write(
+        logits, lambda token: _step(stream, token), words, wanted, never(model, words)
+    ):
         print(text, end="", flush=True)
     print()
     return 0
@@ -116,10 +119,9 @@ def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokeniz
     return words
 
 
-def never(model: Decoder) -> list[int]:
-    """Return the ids that are no text: a landmark is read, and not written."""
-    landmark = isinstance(model.config.memory, LandmarkMemory)
-    return [model.config.vocab_size - 1] if landmark else []
+def never(model: Decoder, words: Tokenizer) -> list[int]:
+    """Return the ids that are no text: landmarks, and what the tokenizer does not know."""
+    return list(range(words.vocab_size, model.config.vocab_size))
 
 
 def _opened(prompt: str) -> TextIO:
@@ -136,8 +138,8 @@ def _opened(prompt: str) -> TextIO:
 def encoded(file: TextIO, words: Tokenizer, name: str) -> Iterator[Tensor]:
     """Yield the tokens of a text, piece by piece: int64 [T]; at least one piece.
 
-    Pieces end with a line or a word where the text has any, so that tokens are those of the whole.
-    Raises ValueError for a prompt without a token.
+    Pieces end with a line or a word where the text has any; a tokenizer may still join across the
+    end of one, once in PIECE_CHARACTERS. Raises ValueError for a prompt without a token.
     """
     rest, some = "", False
     while True:
@@ -157,12 +159,12 @@ def encoded(file: TextIO, words: Tokenizer, name: str) -> Iterator[Tensor]:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Return text up to its last line's end (else word's), and the rest."""
-    for mark in ("\n", " "):
-        at = text.rfind(mark)
-        if at > 0:
-            return text[:at], text[at:]
-    return text, ""
+    """Return text up to behind its last line's end (else before its last word), and the rest."""
+    line = text.rfind("\n") + 1
+    if 0 < line < len(text):
+        return text[:line], text[line:]
+    word = text.rfind(" ")
+    return (text[:word], text[word:]) if word > 0 else (text, "")
 
 
 def read_prompt(model: Decoder, config: Config, pieces: Iterator[Tensor]) -> tuple[Stream, Tensor]:
@@ -176,14 +178,25 @@ def read_prompt(model: Decoder, config: Config, pieces: Iterator[Tensor]) -> tup
     logits = torch.zeros(0)
     began = time.perf_counter()
     with tqdm(desc="prompt", unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
-        for piece in pieces:
-            for part in piece.split(stream.text_len * at_once):
-                logits = stream.read(part.unsqueeze(0).to(device))[0]
-                bar.update(len(part))
+        for part in _in_lengths(pieces, stream.text_len * at_once):
+            logits = stream.read(part.unsqueeze(0).to(device))[0]
+            bar.update(len(part))
     seconds = time.perf_counter() - began
     count = stream.num_tokens
     _say(f"read {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s")
     return stream, logits
+
+
+def _in_lengths(pieces: Iterator[Tensor], length: int) -> Iterator[Tensor]:
+    """Yield the tokens of all pieces, `length` at a time; the last part may be shorter."""
+    held = torch.zeros(0, dtype=torch.int64)
+    for piece in pieces:
+        held = torch.cat((held, piece))
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]
+    if len(held):
+        yield held
 
 
 def write(
@@ -274,7 +287,7 @@ def _without_memory(
     for name, compact in read.items():
         if len(read) > 1:
             print(f"--- {name}: {compact.num_tokens:,} of {len(tokens):,} tokens kept")
-        for text in write(compact.logits, _continue(compact), words, wanted, []):
+        for text in write(compact.logits, _continue(compact), words, wanted, never(model, words)):
             print(text, end="", flush=True)
         print()
 

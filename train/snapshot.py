@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import HmtMemory
 from model.decoder import Decoder
 from model.memory.base import Carried, State, named_parts, named_tensors
 from parallel.mesh import Mesh
@@ -58,15 +60,14 @@ def restore(built: Built, mesh: Mesh, manifest: Manifest, tensors: dict[str, Ten
     if mesh.device.type == "cuda" and cuda_random is not None:
         torch.cuda.set_rng_state(cuda_random, mesh.device)
     state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates))
-    on_device = {name: tensor.to(mesh.device) for name, tensor in tensors.items()}
     for index in sorted(
         {int(name.split("/")[1]) for name in tensors if name.startswith("memory/")}
     ):
         template = empty_state(built.model)
-        state.memory[index] = _fill(template, on_device, f"memory/{index}")
+        state.memory[index] = _fill(template, tensors, f"memory/{index}")
     if any(name.startswith("passed/") for name in tensors):
         start = built.model.memory.handed_on(empty_state(built.model))
-        state.passed = _fill(start, on_device, "passed")
+        state.passed = _fill(start, tensors, "passed")
     return state
 
 
@@ -120,9 +121,11 @@ def load_model(
         apply_overrides(manifest.config, overrides), source=str(path / "manifest.json")
     )
     with torch.device("meta"):
-        model = Decoder(
-            to_model_config(config, manifest.vocab_size), compute=to_compute_config(config)
-        )
+        model_config = to_model_config(config, manifest.vocab_size)
+        memory = model_config.memory
+        if isinstance(memory, HmtMemory) and manifest.step < memory.search_from:
+            model_config = replace(model_config, memory=replace(memory, search=False))
+        model = Decoder(model_config, compute=to_compute_config(config))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     weights = MasterWeights(path, manifest)
     with torch.no_grad():
@@ -156,6 +159,7 @@ def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
         if prefix not in tensors:
             raise BadCheckpoint(f"no {prefix} in the checkpoint: saved with another memory")
         # another type where train.precision was changed; a store of blocks stays on the host
+        # Another type where train.precision was changed; some memories keep a part on the host.
         return tensors[prefix].to(template.device, template.dtype)
     filled = {n: _fill(part, tensors, f"{prefix}/{n}") for n, part in named_parts(template)}
     if isinstance(template, dict):

@@ -189,6 +189,8 @@ class Part(nn.Module):
 class PartMemory(nn.Module):
     """What one kind of part shares over the layers: parameters and the start of a document."""
 
+    weighted = False  # whether what it writes can be counted several times (Segments.weights)
+
     @abstractmethod
     def part(self, config: ModelConfig, linears: Linears) -> Part:
         """Return the memory's part in one block."""

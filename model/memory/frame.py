@@ -123,15 +123,15 @@ def read_before(frame: Frame, keys: RowKeys) -> Tensor:
     q, k, v = (x[:, before].transpose(1, 2) for x in keys)
     mask = None
     if frame.causal or frame.late or frame.sensory:
-        mask = _mask(frame).to(q.device)
+        mask = _mask(frame, q.device)
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2)
 
 
-def _mask(frame: Frame) -> Tensor:
+def _mask(frame: Frame, device: torch.device) -> Tensor:
     """Return which row before the tokens reads which: [before, before] bool."""
     late, front, sensory, _ = _parts(frame)
-    reads = torch.zeros(frame.before, frame.before, dtype=torch.bool)
+    reads = torch.zeros(frame.before, frame.before, dtype=torch.bool, device=device)
     reads[late, late] = True
     reads[front, front] = True
     reads[sensory, front] = reads[sensory, sensory] = True

@@ -71,7 +71,8 @@ class Hmt(InTurn):
     ) -> list[HmtPrepared]:
         """Return every segment's summary and last tokens."""
         last = self._last_tokens(tokens, segments).unbind(1)
-        if step is not None and step < self.memory.search_from:
+        early = step is not None and step < self.memory.search_from
+        if early or not self.memory.search:
             return [HmtPrepared(None, ids) for ids in last]
         halves = tokens[:, :, : tokens.shape[2] // 2]
         summaries = self._summarise(stack, halves, segments).unbind(1)
@@ -109,8 +110,10 @@ class Hmt(InTurn):
         segments: Segments,
         tokens: Tensor,
         rest: tuple[HmtState, HmtPrepared],
-    ) -> Rows:
+    ) -> Rows | None:
         """Return what the search finds with the first half."""
+        if not self.memory.search:
+            return None
         summary = self._summarise(stack, tokens.unsqueeze(1), segments).squeeze(1)
         frame = Frame(late=1, gap=1 + self.memory.sensory)
         return Rows(frame, stack.linears.scatter(self._recall(summary, rest[0])))

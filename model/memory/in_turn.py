@@ -38,6 +38,7 @@ class InTurn(nn.Module):
     """A memory of the whole stack: rows stand around a segment's tokens, and become its state."""
 
     in_turn = True
+    weighted = False
 
     def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
         """Return the memory of one block: the rows come from outside, so nothing but a window."""

@@ -94,7 +94,7 @@ class InfiniPart(Part):
         written = self._written(segments, tokens, slice(n, n + 1))
         memory, norm = opened.memory, opened.norm
         if self.rule == "delta":
-            keep = self._keep(segments, written.keys, norm.unsqueeze(1), slice(n, n + 1))
+            keep = self._keep(segments, written.keys, norm.unsqueeze(1))
             memory = keep[:, 0] @ memory
         return InfiniState(memory + written.values[:, 0], norm + written.norms[:, 0])
 
@@ -115,7 +115,7 @@ class InfiniPart(Part):
             return _emptied(starts, InfiniState(*before)), InfiniState(*after)
         norms, norm = scan(_add, (written.norms,), (state.norm,), starts)
         known = where_start(starts, torch.zeros_like(norms[0]), norms[0])
-        maps = (self._keep(segments, written.keys, known, everything), written.values)
+        maps = (self._keep(segments, written.keys, known), written.values)
         # What was carried is a map too: the one that gives it whatever came before.
         carried = (torch.zeros_like(state.memory), state.memory)
         before, after = scan(_compose, maps, carried, starts)
@@ -140,7 +140,7 @@ class InfiniPart(Part):
         both = segments.sequence.total(torch.cat((added, norms.unsqueeze(-1)), -1))
         return _Written(keys, both[..., :-1], both[..., -1])
 
-    def _keep(self, segments: Segments, keys: Tensor, norms: Tensor, part: slice) -> Tensor:
+    def _keep(self, segments: Segments, keys: Tensor, norms: Tensor) -> Tensor:
         """Return the delta rule's A: what is left of M where new keys overwrite it.
 
         keys [B, N, S, Hkv, K]; norms [B, N, Hkv, K]: z before each segment.
@@ -148,8 +148,6 @@ class InfiniPart(Part):
         known = torch.einsum("bnshk,bnhk->bnsh", keys, norms)
         # Where nothing was written there is nothing to overwrite.
         share = torch.where(known > 0, 1 / known.clamp(min=TINY), 0.0)
-        if segments.weights is not None:
-            share = share * _counts(segments, part).squeeze(-1)
         lost = torch.einsum("bnshk,bnsh,bnshl->bnhkl", keys, share, keys)
         here = torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype)
         return here - segments.sequence.total(lost)
@@ -186,6 +184,8 @@ class Infini(PartMemory):
     def __init__(self, config: ModelConfig, memory: InfiniMemory) -> None:
         super().__init__()
         self.memory = memory
+        # The delta rule's second write of a segment is not its first once more.
+        self.weighted = memory.rule == "linear"
 
     def part(self, config: ModelConfig, linears: Linears) -> Part:
         """Return one layer's matrices."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model.config import LandmarkMemory, ModelConfig
 from model.interfaces import Linears, Segments
@@ -83,16 +84,18 @@ class RetrievalPart(Part):
         found = []
         for n in range(segments.num_segments):
             opened, rest = self.open(block, segments, n, state, initial)
-            state = self.close(block, segments, n, opened, rest, tokens)
             found.append(opened)
+            if segments.filled is None:
+                state = self.close(block, segments, n, opened, rest, tokens)
         return StoresRead(found), state
 
     def other(self, segments: Segments, opened: StoresRead, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each segment's queries read of the store before it."""
-        places = segments.window * segments.segment_len + torch.arange(segments.segment_len)
+        count = segments.filled or segments.segment_len  # padding must choose no block
+        places = segments.window * segments.segment_len + torch.arange(count)
         found = [
             retrieve(
-                q[:, n],
+                q[:, n, :count],
                 store,
                 top_k=self.memory.retrieve,
                 places=places,
@@ -101,8 +104,11 @@ class RetrievalPart(Part):
             )
             for n, store in enumerate(opened.stores)
         ]
+        missing = segments.segment_len - count
         out = torch.stack([past.out.transpose(1, 2) for past in found], 1)
-        return out, torch.stack([past.lse for past in found], 1)
+        lse = torch.stack([past.lse for past in found], 1)
+        out = functional.pad(out, (0, 0, 0, 0, 0, missing))
+        return out, functional.pad(lse, (0, missing), value=float("-inf"))
 
 
 class Retrieval(PartMemory):

@@ -27,6 +27,12 @@ class Layered(nn.Module):
     """None, window, and every memory made of parts: all segments go through a layer at once."""
 
     in_turn = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a segment can stand for several like it (Segments.weights)."""
+        return bool(self.parts) and all(part.weighted for part in self._parts().values())
+
     kernel: Kernel | None = None  # of token keys, where it is not plain softmax
 
     def __init__(self, config: ModelConfig) -> None:

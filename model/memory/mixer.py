@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.attention import merge
 from model.fold import Piece
 from model.interfaces import Segments
 from model.kernels import Kernel
@@ -41,6 +42,17 @@ class OpenLayer(NamedTuple):
     k: Tensor  # [B, tokens so far, Hkv, K], rotated
     v: Tensor
     memory: State  # what else a mixer's own kind reads
+
+
+def _merged(others: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """Return results out [B, N, S, H, K], lse [B, N, H, S] over different keys as one."""
+    if not others:
+        return None
+    out, lse = others[0]
+    for more, more_lse in others[1:]:
+        out, lse = merge((out, lse.transpose(2, 3)), (more, more_lse.transpose(2, 3)))
+        lse = lse.transpose(2, 3)
+    return out, lse
 
 
 def _window_pieces(segments: Segments, window: WindowState) -> list[Piece]:
@@ -102,7 +114,7 @@ class Mixer(nn.Module):
             pieces=pieces,
             visible=tokens.visible,
             kernel=self.kernel,
-            other=others[0] if others else None,
+            other=_merged(others),
         )
         for part, read in zip(self._parts().values(), opened, strict=True):
             attended = part.blend(tokens.raw.q, read, attended)
@@ -149,6 +161,7 @@ class Mixer(nn.Module):
         self, block: Block, x: Tensor, segments: Segments, layer: OpenLayer
     ) -> tuple[Tensor, OpenLayer]:
         """Return the block's output rows of the segment's next tokens: x [B * c, D]."""
+        assert self.kernel is None, "blocks of keys are read whole: see stream.Recomputed"
         first = layer.k.shape[1]
         raw = Projected(*(part.unflatten(0, (segments.batch, 1, -1)) for part in block.project(x)))
         here = slice(first, first + raw.q.shape[2])

@@ -42,6 +42,10 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 _SCORES = 2**26
 """Landmark scores held at once: 256 MiB in float32."""
 
+NEWER = 2**-20
+"""What a block's score gains on the one before it. In the lowest layer all landmarks are one and
+the same key, and topk breaks ties as it likes, differently with gradients and without."""
+
 _GATHERED = 2**24
 """Numbers of keys held at once for rows that choose for themselves: 64 MiB, and of values too."""
 
@@ -172,7 +176,8 @@ class _Queries:
     def _best(self, scores: Tensor) -> Tensor:
         """Return the numbers in the store of the best blocks, rising; -1 first where too few."""
         # Where all is hidden the softmax was nan, and nan would be best.
-        number = self._hide(scores).topk(min(self.top_k, self.count), -1).indices
+        age = torch.arange(self.count, device=scores.device) * NEWER
+        number = (self._hide(scores) + age).topk(min(self.top_k, self.count), -1).indices
         number = number.masked_fill(number < self.store.first.view(-1, 1, 1, 1), -1)
         missing = self.top_k - number.shape[-1]
         number = torch.nn.functional.pad(number, (missing, 0), value=-1)

@@ -153,6 +153,8 @@ class CmabPart(SlotPart):
 class Abc(PartMemory):
     """Bounded-memory control; nothing is shared over the layers."""
 
+    weighted = True
+
     def __init__(self, config: ModelConfig, memory: AbcMemory) -> None:
         super().__init__()
         self.memory = memory
@@ -164,6 +166,8 @@ class Abc(PartMemory):
 
 class Cmab(PartMemory):
     """Constant memory of learned latents; nothing is shared over the layers."""
+
+    weighted = True
 
     def __init__(self, config: ModelConfig, memory: CmabMemory) -> None:
         super().__init__()

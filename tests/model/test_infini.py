@@ -26,12 +26,18 @@ def test_is_the_papers_equations(rule: str, window: int, kv_heads: int) -> None:
     assert_twin(config_of(memory, num_kv_heads=kv_heads), InLayers, batch)
 
 
-@RULES
-def test_a_weight_of_log_c_writes_a_segment_c_times(rule: str) -> None:
+def test_a_weight_of_log_c_writes_a_segment_c_times() -> None:
     batch = batch_of(2, 5, 4)
     batch.starts[1, 2] = True
     counts = torch.tensor([[1, 3, 2, 5, 1], [4, 1, 7, 2, 2]])
-    assert_twin(config_of(InfiniMemory(rule)), InLayers, batch, counts=counts)
+    assert_twin(config_of(InfiniMemory()), InLayers, batch, counts=counts)
+
+
+def test_the_delta_rule_takes_no_weights() -> None:
+    """Its second write of a segment meets what the first left."""
+    model, batch = build(config_of(InfiniMemory("delta"))), batch_of(1, 2, 4)
+    with pytest.raises(ValueError, match="infini has no such count"):
+        model(batch.tokens, batch.starts, weights=torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("window", [0, 2])

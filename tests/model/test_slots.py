@@ -24,7 +24,7 @@ SLOTS = {
     "cmab": CmabMemory(latents=3),
     "cmab-window-1": CmabMemory(latents=3, window=1),
     "both-and-infini": compose(
-        [WindowMemory(1), AbcMemory(slots=2), InfiniMemory("delta"), CmabMemory(latents=3)]
+        [WindowMemory(1), AbcMemory(slots=2), InfiniMemory(), CmabMemory(latents=3)]
     ),
 }
 EACH = pytest.mark.parametrize("memory", SLOTS.values(), ids=SLOTS.keys())

@@ -49,6 +49,8 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "pretrain",
         "config",
         "evaluate",
+        "generate",
+        "miniature",
     ]
 
 
@@ -214,7 +216,7 @@ def test_evaluate_passes_its_options_on() -> None:
         {"prompts": 5, "seed": 0, "pubmedqa": None},
     )
     assert done.stdout == (
-        "a [('data', None), ('memory', False), ('output', None), "
+        "a [('changes', ()), ('data', None), ('memory', False), ('output', None), "
         f"('tasks', {tasks}), ('tokens', 1024), ('track', False)]\n"
     )
 

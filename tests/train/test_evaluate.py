@@ -27,7 +27,7 @@ def use_model(monkeypatch: pytest.MonkeyPatch, name: str, valid: Path | None) ->
     found = (make_model(MEMORIES[name]), validate(raw))
     manifest = SimpleNamespace(step=7)
     monkeypatch.setattr("train.checkpoint.choose_checkpoint", lambda folder: (folder, manifest))
-    monkeypatch.setattr("train.snapshot.load_model", lambda folder, manifest: found)
+    monkeypatch.setattr("train.snapshot.load_model", lambda folder, manifest, *_: found)
 
 
 def test_the_command_measures_three_ways_and_writes_what_it_found(

@@ -221,7 +221,7 @@ def test_choices_equal_those_of_whole_documents(name: str) -> None:
     prompts = [
         Prompt("x", "".join(rng.choice(list("abcdefgh "), 190)), " and so", answer,
                (" a", " bc", " d"), 0, None, None, ())
-        for answer in (" a", " bc", " d") * 2
+        for answer in (" a", " bc", " d") * 8
     ]  # fmt: skip
     found = ask(DecoderReader(model), prompts, batch=len(prompts))
     for i, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
