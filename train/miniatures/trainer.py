@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.decoder import Decoder
+from model.init import count_parameters
 from train.miniatures.check import Checked, check
 from train.miniatures.config import CurriculumStage, Miniature
 from train.miniatures.curriculum import run_curriculum
@@ -47,7 +48,7 @@ def run_seed(miniature: Miniature, seed: int, folder: Path, say: Say) -> dict[st
             "config": _training_part(config),
             "steps": sum(stage.steps for stage in miniature.stages),
             "train_cpu_s": round(seconds, 1),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": count_parameters(model.config),  # without the vocabulary's padding
         }
         _write(folder / TRAINING, trained)
     checked = check(restored(miniature, folder / WEIGHTS), miniature, say)
