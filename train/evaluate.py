@@ -15,6 +15,7 @@ from torch import Tensor
 from data.index import Corpus
 from model.decoder import Output
 from model.memory.base import State
+from train.inputs import chooses_by_later_tokens
 from train.measure import ALL, choose_lanes, measure
 from train.memories import describe_memory
 from train.positions import Condition, Evaluation, table
@@ -71,6 +72,11 @@ def run(
 
     folder, manifest = choose_checkpoint(checkpoint)
     model, config = load_model(folder, manifest, changes)
+    if chooses_by_later_tokens(config):
+        raise ValueError(
+            "granularity=tokens lets a token's choice of blocks depend on later ones, so its loss"
+            " means nothing; evaluate with token_and_head or heads"
+        )
     corpus = _open_corpus(model, config, data)
     answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
     conditions = _conditions(config, memory)

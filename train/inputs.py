@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from data.index import Corpus
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
+from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
 
 FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
@@ -46,6 +47,15 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
     fresh: the run folder's checkpoints do not matter.
     """
     problems: list[tuple[str, str]] = []
+    if chooses_by_later_tokens(config):
+        problems.append(
+            (
+                "model.memory.granularity",
+                "tokens lets a token's choice of blocks depend on later ones, so the loss would see"
+                " its own future; train with token_and_head or heads, and read prompts with"
+                " `longhaul generate --set granularity=tokens`",
+            )
+        )
     train = _open(config, config.data.train, "data.train", problems)
     valid = None
     if config.data.valid is not None:
@@ -68,6 +78,14 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
     return Inputs(train, valid)
+
+
+def chooses_by_later_tokens(config: Config) -> bool:
+    """Return whether the memory's reads are not causal: for prompts, not for losses."""
+    memory = config.model.memory
+    return isinstance(memory, LandmarkMemory) and bool(
+        memory.retrieve and memory.granularity == "tokens"
+    )
 
 
 def _open(

@@ -12,7 +12,7 @@ import pytest
 from tests.data.corpora import write_numbers
 from tests.ranks import run_ranks
 from tests.train.runs import longhaul, write
-from tests.train.tiny import FAM, Shards, build_tiny, prepare_shards, tiny
+from tests.train.tiny import FAM, Shards, build_tiny, prepare_shards, tiny, tiny_config
 from train.checkpoint import list_checkpoints, read_manifest
 from train.config import ConfigError, validate
 from train.inputs import checkpoint_problems, open_inputs
@@ -300,3 +300,9 @@ def test_the_other_ranks_end_alike_and_say_nothing(
     ended = start(tmp_path, tiny(run, shards, train__batch_size=8), rank=1)
     assert ended.returncode == 2
     assert ended.stderr == ""
+
+
+def test_a_memory_that_chooses_by_later_tokens_is_not_trained(shards: Shards) -> None:
+    memory = {"name": "landmark", "block": 4, "retrieve": 2, "granularity": "tokens"}
+    with pytest.raises(ConfigError, match="the loss would see its own future"):
+        open_inputs(tiny_config(shards, model__memory=memory), 1)
