@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.decoder import Block, Decoder
+from model.block import Block
+from model.decoder import Decoder
 from model.kernels import choose_kernel
 from model.rope import rope_tables, rotate
 

@@ -7,83 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
+from model.block import Block
 from model.config import ComputeConfig, ModelConfig
 from model.interfaces import Linears, Segments, Sequence
-from model.layers import QKV, RMSNorm, SwiGLU
+from model.layers import RMSNorm
 from model.local import FoldedSequence, LocalLinears
 from model.loss import chunked_loss
 from model.memory import MEMORIES, Memory
-from model.memory.base import Carried, Initial, Projected, State
+from model.memory.base import Carried, Initial, State
 from model.memory.frame import Rows
 from model.memory.in_turn import InTurn
-from model.memory.mixer import Mixer
 from model.rope import rope_tables
-
-
-class Block(nn.Module):
-    """norm, attention, +, norm, SwiGLU, +, over flat rows; the mixer says what attends."""
-
-    def __init__(
-        self, config: ModelConfig, linears: Linears, compute: ComputeConfig, mixer: Mixer
-    ) -> None:
-        super().__init__()
-        self.selective = compute.checkpointing == "selective"
-        self.hidden_size, self.head_dim = config.hidden_size, config.head_dim
-        self.num_heads = config.num_heads // linears.size
-        self.num_kv_heads = config.num_kv_heads // linears.size
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.qkv = QKV(config, linears, mixer.extra)
-        self.output = linears.row(config.num_heads * config.head_dim, config.hidden_size)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = SwiGLU(config, linears, compute.ffn_chunk)
-        self.mixer = mixer
-
-    def forward(
-        self,
-        x: Tensor,
-        rows: Rows | None = None,
-        segments: Segments | None = None,
-        state: State = None,
-        initial: Initial = None,
-    ) -> Any:
-        """Return (token rows, memory rows, state after); without segments, memory rows x alone."""
-        if segments is None:
-            return self.mixer.alone(self, x)
-        return self.mixer.mix(self, x, rows, segments, state, initial)
-
-    def project(self, x: Tensor) -> Projected:
-        """Return queries, keys and values of rows x, not rotated."""
-        return Projected(*self._cheaply(lambda x: self.qkv(self.attention_norm(x)), x))
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the block's output: rows x, attended [all rows, H, K] -> [rows, D]."""
-
-        def rest(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + self.output(attended.flatten(-2))
-            result: Tensor = x + self.ffn(self.ffn_norm(x))
-            return result
-
-        result: Tensor = self._cheaply(rest, x, attended)
-        return result
-
-    def _cheaply(self, run: Any, *args: Tensor) -> Any:
-        """Run, recomputing in backward all but the matrix products if checkpointing=selective."""
-        if not self.selective or not torch.is_grad_enabled():
-            return run(*args)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
-
-
-def _keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Head(nn.Module):

@@ -50,7 +50,7 @@ class Sequence(Protocol):
         ...
 
     def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ranks' (out, lse) merged; see fold.combine."""
+        """Return the ranks' (out, lse) merged; see totals.combine."""
         ...
 
     def first_half(self) -> Sequence:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import Alone, Exchange, Layout, Whole
-from model.fold import Piece, combine, fold, fold_slots, total
+from model.fold import Piece, fold, fold_slots
 from model.kernels import Kernel
+from model.totals import combine, total
 
 
 class FoldedSequence:
