@@ -97,8 +97,7 @@ class HmtMemory:
     bank: int = 300
     sensory: int = 32
     search_dim: int = 64
-    search_from: int = 0
-    search: bool = True  # False: of a checkpoint from before search_from, which is read as trained
+    search_from: int | None = 0  # None: never, as a checkpoint from before it was trained
     window: int = 0
     name: Literal["hmt"] = "hmt"
 

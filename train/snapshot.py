@@ -123,8 +123,8 @@ def load_model(
     with torch.device("meta"):
         model_config = to_model_config(config, manifest.vocab_size)
         memory = model_config.memory
-        if isinstance(memory, HmtMemory) and manifest.step < memory.search_from:
-            model_config = replace(model_config, memory=replace(memory, search=False))
+        if isinstance(memory, HmtMemory) and manifest.step < (memory.search_from or 0):
+            model_config = replace(model_config, memory=replace(memory, search_from=None))
         model = Decoder(model_config, compute=to_compute_config(config))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     weights = MasterWeights(path, manifest)

@@ -71,8 +71,8 @@ class Hmt(InTurn):
     ) -> list[HmtPrepared]:
         """Return every segment's summary and last tokens."""
         last = self._last_tokens(tokens, segments).unbind(1)
-        early = step is not None and step < self.memory.search_from
-        if early or not self.memory.search:
+        first = self.memory.search_from
+        if first is None or (step is not None and step < first):
             return [HmtPrepared(None, ids) for ids in last]
         halves = tokens[:, :, : tokens.shape[2] // 2]
         summaries = self._summarise(stack, halves, segments).unbind(1)
@@ -112,7 +112,7 @@ class Hmt(InTurn):
         rest: tuple[HmtState, HmtPrepared],
     ) -> Rows | None:
         """Return what the search finds with the first half."""
-        if not self.memory.search:
+        if self.memory.search_from is None:
             return None
         summary = self._summarise(stack, tokens.unsqueeze(1), segments).squeeze(1)
         frame = Frame(late=1, gap=1 + self.memory.sensory)

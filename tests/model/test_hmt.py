@@ -1,5 +1,6 @@
 """The Hierarchical Memory Transformer against full masks, its two stages, bank and summaries."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from model.config import HmtMemory
 from model.decoder import Decoder
 from model.memory.hmt import Hmt, HmtState
+from model.stream import Stream
 from tests.compare import relative
 from tests.model.slow import EXACT, assert_twin
 from tests.model.slow_turns import SlowHmt, SlowHmtFirstStage
@@ -124,3 +126,15 @@ def test_the_search_is_a_softmax_of_the_filled_bank() -> None:
     assert relative(found[0], expected) < EXACT
     assert torch.equal(found[1], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64))
     assert not found[2].any()
+
+
+def test_a_checkpoint_of_the_first_stage_is_read_without_search() -> None:
+    """search_from=None, in one call and token by token, is what training at step 0 computes."""
+    memory = HmtMemory(bank=3, sensory=2, search_dim=4, search_from=10)
+    batch = batch_of(1, 3, 6)
+    trained, _ = build(config_of(memory))(batch.tokens, batch.starts, step=0)
+    model = build(config_of(replace(memory, search_from=None)))
+    loaded, _ = model(batch.tokens, batch.starts)
+    assert torch.equal(trained, loaded)
+    read = Stream(model, 6).read_all(batch.tokens.flatten(1)[:, :16])
+    assert relative(read, trained.flatten(1, 2)[:, :16]) < 1e-10
