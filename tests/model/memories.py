@@ -21,9 +21,12 @@ FAM: dict[str, FamMemory] = {
     f"fam-{state}-window-{window}-{query}": FamMemory(
         slots=3, window=window, state=state, query_position=query
     )
-    for state, window, query in product(
-        ("paper", "norm", "latch"), (0, 1, 2), ("current", "previous")
-    )
+    for state, window, query in [
+        *product(("paper", "norm", "latch"), (0, 1, 2), ("current",)),
+        ("paper", 0, "previous"),
+        ("norm", 1, "previous"),
+        ("latch", 2, "previous"),
+    ]
 }
 
 IN_A_LAYER: dict[str, MemoryConfig] = {

@@ -97,8 +97,14 @@ def reference(memory: str, windows: int, tied: bool) -> tuple[list[Step], dict[s
 
 
 def marked(cases: list[Case]) -> list[Any]:
+    """Those of 8 ranks, and every second of the cover's four-rank ones, are left to `slow`."""
+    dear = [case for case in PAIRWISE if case.ranks == 4][::2]
     return [
-        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.ranks > 4 else [])
+        pytest.param(
+            case,
+            id=str(case),
+            marks=[pytest.mark.slow] if case.ranks > 4 or case in dear else [],
+        )
         for case in cases
     ]
 
