@@ -11,8 +11,6 @@ behind it: tokens never see what comes later.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -22,14 +20,6 @@ from model.memory.base import Carried
 from model.memory.frame import Rows
 from model.memory.in_turn import InTurn
 from model.memory.mixer import OpenLayer
-
-
-class Open(Protocol):
-    """A segment that is not complete yet."""
-
-    def read(self, tokens: Tensor, *, every: bool) -> Tensor:
-        """Return logits [B, c, V] of its next tokens [B, c], or [B, 1, V] of the last one."""
-        ...
 
 
 class Incremental:
@@ -53,7 +43,10 @@ class Incremental:
             self.layers.append(layer)
 
     def read(self, tokens: Tensor, *, every: bool) -> Tensor:
-        """Return logits; reads up to the segment's middle, then from there."""
+        """Return logits [B, c, V] of the next tokens [B, c], or [B, 1, V] of the last one.
+
+        Reads up to the segment's middle, then from there.
+        """
         until = self.half - self.tokens.shape[1]
         if not 0 < until <= tokens.shape[1]:
             return self._read(tokens, every)
@@ -92,7 +85,7 @@ class Recomputed:
         self.tokens: Tensor | None = None
 
     def read(self, tokens: Tensor, *, every: bool) -> Tensor:
-        """Return logits; with `every` False, of the last token."""
+        """Return logits [B, c, V] of the next tokens [B, c], or [B, 1, V] of the last one."""
         known = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)
         self.tokens = known
         padded = known.new_zeros(known.shape[0], 1, self.segment_len)
@@ -138,13 +131,8 @@ class Stream:
         self.starts = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.carried = empty(model, self.starts, segment_len)
         self.num_tokens = 0  # read so far, in each stream
-        self.open: Open | None = None
+        self.open: Incremental | Recomputed | None = None
         self.known: Tensor | None = None  # [B, p] tokens of the open segment
-
-    @property
-    def has_past(self) -> bool:
-        """Whether anything older than the open segment was read."""
-        return self.num_tokens > (0 if self.known is None else self.known.shape[1])
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:

@@ -59,11 +59,6 @@ class CurriculumStage(StageSection):
         description="Largest distance of the key, in blocks before the question's.",
     )
     first: Annotated[int, Field(ge=1)] = Field(default=1, description="First distance.")
-    burn_in: Index = Field(
-        default=0,
-        description="Most filler blocks read before the key's, without gradient, in half of the"
-        " steps once the first distance is learned: it teaches to write late. 0 is off.",
-    )
     amplify: NonNegative = Field(
         default=0.0,
         description="Length amplification, for memories whose writes add up: each filler block"

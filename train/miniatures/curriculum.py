@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.memory.base import State, detach
 from train.miniatures.blocks import Blocks
 from train.miniatures.config import CurriculumStage
 from train.miniatures.learner import Learner, grade
@@ -70,8 +69,7 @@ def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
         keys, places = blocks.keys(rows), difficulty.draw(blocks, rows)
         tokens = sample(blocks, keys, places, difficulty.distance)
         weights = amplification(blocks, places, difficulty.distance, difficulty.amplify)
-        state = burn_in(learner, stage.burn_in if difficulty.distance > 1 else 0)
-        logits, _ = learner.read(tokens, state, weights=weights)
+        logits, _ = learner.read(tokens, weights=weights)
         loss, right = grade(blocks.answers(logits), keys)
         learner.learn(loss)
         difficulty.observe(right[places == 0].all(-1).float().mean().item())
@@ -95,17 +93,6 @@ def sample(blocks: Blocks, keys: Tensor, places: Tensor, distance: int) -> Tenso
         blocks.put_keys(chosen, keys[rows], room=room)
         tokens[rows, places[rows]] = chosen
     return tokens
-
-
-@torch.no_grad()
-def burn_in(learner: Learner, most: int) -> State:
-    """Return states after 1 to `most` blocks of filler, half of the time; else None."""
-    blocks, state = learner.blocks, None
-    if most == 0 or float(blocks.uniform()) < 0.5:
-        return None
-    for _ in range(int(blocks.whole(1, most + 1))):
-        _, state = learner.read(blocks.filler(learner.miniature.batch_size), state)
-    return detach(state)
 
 
 def amplification(blocks: Blocks, places: Tensor, distance: int, most: float) -> Tensor | None:
