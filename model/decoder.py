@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.config import ComputeConfig, ModelConfig
+from model.documents import Documents, check_documents
 from model.interfaces import Linears, Segments, Sequence
 from model.layers import RMSNorm
 from model.local import FoldedSequence, LocalLinears
@@ -107,6 +108,7 @@ class Decoder(nn.Module):
         weights: Tensor | None = None,
         only: int | None = None,
         filled: int | None = None,
+        documents: Tensor | None = None,
     ) -> Any:
         """Return an Output; without labels (logits [B, N, S, V], state).
 
@@ -117,15 +119,28 @@ class Decoder(nn.Module):
         stages (None: the last one); weights [B, N]: the log of how many segments like it each
         segment stands for in what memories write (None: 1 each); only: logits of this place in
         the last segment alone, [B, 1, 1, V], on one device (-1: of the last token); filled: one
-        open segment (N = 1) of so many tokens, padding behind them; its state is of no use.
+        open segment (N = 1) of so many tokens, padding behind them; its state is of no use;
+        documents [B, N, S of all ranks] int64, CPU: packed segments, which document of its segment
+        each token is of, 0 for the first. The others read as at a segment's start: themselves and
+        what memories begin with. A segment behind one of several documents must start one.
         """
+        if documents is not None and not self.memory.packs:
+            raise ValueError(
+                f"documents are packed for none, window, fam, infini, abc and cmab;"
+                f" {self.config.memory.name} reads whole segments"
+            )
         if weights is not None and not self.memory.weighted:
             raise ValueError(
                 f"weights count what a memory writes, and {self.config.memory.name} has no such"
                 " count; they are for infini (linear), abc and cmab"
             )
         segments = self.segments(
-            tokens, starts, fresh=state is None, weights=weights, filled=filled
+            tokens,
+            starts,
+            fresh=state is None,
+            weights=weights,
+            filled=filled,
+            documents=documents,
         )
         before = state or self.empty(segments)
         if isinstance(self.memory, InTurn):
@@ -252,6 +267,7 @@ class Decoder(nn.Module):
         fresh: bool,
         weights: Tensor | None = None,
         filled: int | None = None,
+        documents: Tensor | None = None,
     ) -> Segments:
         """Return what the layers know of these segments; fresh: the streams have read nothing."""
         batch, count, length = tokens.shape
@@ -265,10 +281,19 @@ class Decoder(nn.Module):
             like=next(self.parameters()),
         )
         first = torch.arange(window + count).unsqueeze(1) * segment_len
-        cos, sin = rope(first + self.sequence.positions(segment_len))
+        here = self.sequence.positions(segment_len)
+        packed, places = None, first + here
+        if documents is not None:
+            documents = documents.cpu()
+            check_documents(documents, starts)
+            packed = Documents(documents, here, starts.device)
+            behind = first[window:] + packed.places(here)  # [B, N, S]
+            places = torch.cat((places[:window].expand(batch, -1, -1), behind), 1)
+            places = places.to(starts.device)  # B times as many
+        cos, sin = rope(places)
         return Segments(
             batch, count, length, segment_len, starts, weights, window, cos, sin, filled, rope,
-            self.sequence, self.linears,
+            self.sequence, self.linears, packed,
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.attention import Exchange, Layout, Partial, Span, Sum, merge
+from model.documents import Block, Documents, backward_blocks, forward_blocks
 from model.kernels import Kernel, choose_kernel
 
 ALL = slice(None)
@@ -31,7 +32,8 @@ class Piece(NamedTuple):
     """Keys beside those of tokens, the same on every rank.
 
     k, v [B, N, F, Hkv, K] for tokens, [B, F, Hkv, K] for rows; visible, of the same leading
-    dimensions: False where the stream must not read them (None: all read them).
+    dimensions or, for tokens, [B, N, S]: False where stream or token must not read them (None:
+    all read them).
     """
 
     k: Tensor
@@ -49,6 +51,7 @@ class _How(NamedTuple):
     layout: Layout
     exchange: Exchange
     kernel: Kernel | None  # of token keys; None: plain attention
+    documents: Documents | None = None  # of packed segments
 
 
 class _Reads:
@@ -57,7 +60,7 @@ class _Reads:
     def __init__(self, q: Tensor, k: Tensor, how: _How) -> None:
         self.count, self.carried = q.shape[1], k.shape[1] - q.shape[1]
         self.length, self.layout, self.rank = q.shape[2], how.layout, how.exchange.rank
-        self.visible = how.visible
+        self.visible, self.documents = how.visible, how.documents
         self.plain: Kernel = choose_kernel(q)
         self.kernel = how.kernel or self.plain
 
@@ -65,21 +68,35 @@ class _Reads:
         """Return where, among the M + N segments of keys, those `lag` before each query's are."""
         return slice(self.carried - lag, self.carried - lag + self.count)
 
-    def pieces(self, source: int) -> list[tuple[int, Span]]:
-        """Return (lag, span) for all that this rank's queries read of rank source's keys."""
-        own = [(0, span) for span in self.layout.spans(self.rank, source, self.length)]
-        return own + [(lag, Span(ALL, ALL, False)) for lag in range(1, self.carried + 1)]
+    def pieces(self, source: int) -> list[tuple[int, Span, list[Block] | None]]:
+        """Return (lag, span, blocks) for all that this rank's queries read of rank source's keys.
+
+        blocks: the reads inside documents that the span is made of, where segments are packed.
+        """
+        own: list[tuple[int, Span, list[Block] | None]] = []
+        for number, span in enumerate(self.layout.spans(self.rank, source, self.length)):
+            blocks = None
+            if self.documents is not None:
+                blocks = self.documents.blocks(self.layout, self.rank, source, number)
+            own.append((0, span, blocks))
+        return own + [(lag, Span(ALL, ALL, False), None) for lag in range(1, self.carried + 1)]
 
     def hide(self, lse: Tensor, lag: int, value: float) -> Tensor:
         """Return lse [B*N, H, S], `value` where the segment `lag` before is another document's."""
-        if lag == 0 or self.visible is None:
+        if lag == 0:
             return lse
-        return _hide(lse, self.visible[:, :, lag - 1], value)
+        if self.visible is not None:
+            lse = _hide(lse, self.visible[:, :, lag - 1], value)
+        return lse if self.documents is None else _hide(lse, self.documents.first, value)
 
 
-def _hide(lse: Tensor, visible: Tensor | None, value: float) -> Tensor:
-    """Return lse [B*N, H, S] with `value` where visible [B, N] (or [B]) is False."""
-    return lse if visible is None else lse.masked_fill(~visible.reshape(-1, 1, 1), value)
+def _hide(lse: Tensor, visible: Tensor | None, value: float, rows: slice = ALL) -> Tensor:
+    """Return lse [B*N, H, rows] with `value` where visible [B, N] ([B], [B, N, S]) is False."""
+    if visible is None:
+        return lse
+    if visible.dim() < 3:
+        return lse.masked_fill(~visible.reshape(-1, 1, 1), value)
+    return lse.masked_fill(~visible.flatten(0, 1)[:, None, rows], value)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -114,14 +131,18 @@ class _Fold(torch.autograd.Function):
         partial = Partial(queries)
 
         def step(source: int, k: Tensor, v: Tensor) -> None:
-            for lag, span in reads.pieces(source):
+            for lag, span, blocks in reads.pieces(source):
                 segments = reads.segments(lag)
-                out, lse = reads.kernel.forward(
+                read = (
                     queries[:, :, span.queries],
                     _heads_first(k[:, segments, span.keys]),
                     _heads_first(v[:, segments, span.keys]),
                     span.causal,
                 )
+                if blocks is None:
+                    out, lse = reads.kernel.forward(*read)
+                else:
+                    out, lse = forward_blocks(reads.kernel, *read, blocks)
                 partial.add(span.queries, out, reads.hide(lse, lag, float("-inf")))
 
         how.exchange.visit(k, v, step)
@@ -133,7 +154,7 @@ class _Fold(torch.autograd.Function):
                     _heads_first(keys[2 * i + 1]),
                     False,
                 )
-                partial.add(rows, out, _hide(lse, visible, float("-inf")))
+                partial.add(rows, out, _hide(lse, visible, float("-inf"), rows))
         if other_out is not None and other_lse is not None:
             partial.add(ALL, _heads_first(other_out), other_lse.flatten(0, 1))
         assert partial.out is not None
@@ -152,9 +173,9 @@ class _Fold(torch.autograd.Function):
 
         def step(source: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             dk, dv = Sum(k), Sum(v)
-            for lag, span in reads.pieces(source):
+            for lag, span, blocks in reads.pieces(source):
                 rows, where = span.queries, (ALL, reads.segments(lag), span.keys)
-                grads = reads.kernel.backward(
+                read = (
                     dout[:, :, rows],
                     queries[:, :, rows],
                     _heads_first(k[where]),
@@ -163,6 +184,10 @@ class _Fold(torch.autograd.Function):
                     reads.hide(lse, lag, float("inf"))[:, :, rows],
                     span.causal,
                 )
+                if blocks is None:
+                    grads = reads.kernel.backward(*read)
+                else:
+                    grads = backward_blocks(reads.kernel, *read, blocks)
                 dq.add((ALL, ALL, rows), grads[0])
                 dk.add(where, _heads_last(grads[1], k.shape[0]))
                 dv.add(where, _heads_last(grads[2], k.shape[0]))
@@ -215,15 +240,17 @@ def fold(
     exchange: Exchange,
     kernel: Kernel | None = None,
     other: tuple[Tensor, Tensor] | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Return causal attention of each segment's tokens over their segment, the past and pieces.
 
     q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K]; visible [B, N, M] bool: may segment n read
     segment n - 1 - m (None: all may). S is this rank's slice. kernel: of token keys, where it is
     not plain softmax. other: a result over other keys, out [B, N, S, H, K] and lse [B, N, H, S],
-    that is merged in. The result has q's shape and type.
+    that is merged in. documents: of packed segments; then a token reads its own document's alone,
+    and segments before only if it is in the first. The result has q's shape and type.
     """
-    how = _How(visible, _marks(pieces), layout, exchange, kernel)
+    how = _How(visible, _marks(pieces), layout, exchange, kernel, documents)
     keys = _keys(pieces, q.dtype)
     result: Tensor = _Fold.apply(q, k, v, *(other or (None, None)), how, *keys)  # type: ignore[no-untyped-call]
     return result

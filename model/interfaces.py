@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from model.documents import Documents
 from model.fold import Piece
 from model.kernels import Kernel
 
@@ -37,6 +38,7 @@ class Sequence(Protocol):
         visible: Tensor | None = None,
         kernel: Kernel | None = None,
         other: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Return token attention over segment, past segments and pieces; see fold.fold."""
         ...
@@ -128,9 +130,10 @@ class Segments(NamedTuple):
     starts: Tensor  # [B, N] bool: a document begins with this segment; memory resets before it
     weights: Tensor | None  # [B, N] float32: log of how many segments like it each stands for
     window: int  # M, segments before whose keys tokens read
-    cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first
-    sin: Tensor
+    cos: Tensor  # [M + N, S, K / 2] float32: RoPE of this rank's tokens, carried segments first;
+    sin: Tensor  # [B, M + N, S, K / 2] where segments are packed: places inside documents
     filled: int | None  # tokens known of one open segment, padding behind them; None: complete
     rope: Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of other positions, same origin
     sequence: Sequence
     linears: Linears
+    documents: Documents | None = None  # of packed segments; None: each segment is one document's

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import Alone, Exchange, Layout, Whole
+from model.documents import Documents
 from model.fold import Piece, fold, fold_slots
 from model.kernels import Kernel
 from model.totals import combine, total
@@ -36,11 +37,12 @@ class FoldedSequence:
         visible: Tensor | None = None,
         kernel: Kernel | None = None,
         other: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Return token attention; see fold.fold."""
         return fold(
             q, k, v, pieces=pieces, visible=visible, kernel=kernel, other=other,
-            layout=self.layout, exchange=self.exchange,
+            layout=self.layout, exchange=self.exchange, documents=documents,
         )  # fmt: skip
 
     def fold_slots(self, q: Tensor, k: Tensor, v: Tensor, *, pieces: Items[Piece]) -> Tensor:

@@ -167,6 +167,16 @@ class Part(nn.Module):
             found.append(opened)
         return stack_segments(found), state
 
+    def begin(self, block: Block, segments: Segments, state: State, initial: Initial) -> Opened:
+        """Return what tokens read of a document that begins in each segment: [B, N, ...].
+
+        For packed segments, whose later documents read what they would at a segment's start.
+        """
+        begun = segments._replace(starts=torch.ones_like(segments.starts))
+        return stack_segments(
+            [self.open(block, begun, n, state, initial)[0] for n in range(segments.num_segments)]
+        )
+
     def piece(self, segments: Segments, opened: Opened) -> Piece | None:
         """Return the keys that tokens read beside their own, if the part has any."""
         return None

@@ -106,6 +106,16 @@ class FamPart(Part):
             found.append(opened)
         return stack_segments(found), self._gather(segments, slots)
 
+    def begin(
+        self, block: Block, segments: Segments, state: FamState, initial: FamInitial
+    ) -> FamRead:
+        """Return the first slots' keys and values before each segment, from one projection."""
+        count, linears = segments.num_segments, segments.linears
+        _, k, v, _ = block.project(linears.scatter(initial.slots))
+        keys = [rotate(k, *self._tables(segments, n)) for n in range(count)]
+        shape = (segments.batch, count, -1, -1, -1)
+        return FamRead(torch.stack(keys).expand(shape), v.expand(shape))
+
     def piece(self, segments: Segments, opened: FamRead) -> Piece:
         """Return the slots' keys."""
         return Piece(opened.k, opened.v)

@@ -39,6 +39,7 @@ class InTurn(nn.Module):
 
     in_turn = True
     weighted = False
+    packs = False  # a document that begins inside a segment would need rows of its own
 
     def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
         """Return the memory of one block: the rows come from outside, so nothing but a window."""

@@ -126,6 +126,8 @@ class Retrieval(PartMemory):
 class Landmark(Layered):
     """The keys of window and segment, grouped by landmarks, and blocks retrieved from before."""
 
+    packs = False  # documents would have to begin and end with a block
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         assert isinstance(config.memory, LandmarkMemory)

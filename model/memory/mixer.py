@@ -44,6 +44,37 @@ class OpenLayer(NamedTuple):
     memory: State  # what else a mixer's own kind reads
 
 
+class _Read(NamedTuple):
+    """What some tokens read of a part."""
+
+    part: Part
+    opened: Opened
+    tokens: Tensor | None = None  # [B, N, S] bool; None: all
+
+    def hide(self, piece: Piece) -> Piece:
+        """Return the part's keys, hidden from other tokens."""
+        if self.tokens is None:
+            return piece
+        visible = self.tokens
+        if piece.visible is not None:
+            visible = visible & piece.visible.unsqueeze(-1)
+        return piece._replace(visible=visible)
+
+    def hide_result(self, other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what was read beside all keys as nothing for other tokens."""
+        if self.tokens is None:
+            return other
+        out, lse = other
+        return out, lse.masked_fill(~self.tokens.unsqueeze(2), float("-inf"))
+
+    def blend(self, q: Tensor, attended: Tensor) -> Tensor:
+        """Return the attention's result with the part's read in it, for these tokens alone."""
+        blended = self.part.blend(q, self.opened, attended)
+        if self.tokens is None or blended is attended:
+            return blended
+        return torch.where(self.tokens[..., None, None], blended, attended)
+
+
 def _merged(others: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     """Return results out [B, N, S, H, K], lse [B, N, H, S] over different keys as one."""
     if not others:
@@ -94,15 +125,16 @@ class Mixer(nn.Module):
         """
         tokens, window = read_tokens(block, x, segments, state.window)
         opened, after = self._chains(block, segments, tokens, state.parts, initial)
+        reads = self._reads(block, segments, opened, state.parts, initial)
         pieces = [
-            piece
-            for part, read in zip(self._parts().values(), opened, strict=True)
-            if (piece := part.piece(segments, read)) is not None
+            read.hide(piece)
+            for read in reads
+            if (piece := read.part.piece(segments, read.opened)) is not None
         ]
         others = [
-            other
-            for part, read in zip(self._parts().values(), opened, strict=True)
-            if (other := part.other(segments, read, tokens.raw.q)) is not None
+            read.hide_result(other)
+            for read in reads
+            if (other := read.part.other(segments, read.opened, tokens.raw.q)) is not None
         ]
         if rows is not None:
             keys = rows_keys(block, rows, segments)
@@ -115,9 +147,10 @@ class Mixer(nn.Module):
             visible=tokens.visible,
             kernel=self.kernel,
             other=_merged(others),
+            documents=segments.documents,
         )
-        for part, read in zip(self._parts().values(), opened, strict=True):
-            attended = part.blend(tokens.raw.q, read, attended)
+        for read in reads:
+            attended = read.blend(tokens.raw.q, attended)
         if rows is not None:
             rows = read_rows(block, rows, keys, tokens.segment(0), segments)
         return block.finish(x, attended.flatten(0, 2)), rows, MixerState(window, after)
@@ -196,6 +229,28 @@ class Mixer(nn.Module):
             )
             opened.append(read)
         return opened, after
+
+    def _reads(
+        self,
+        block: Block,
+        segments: Segments,
+        opened: list[Opened],
+        states: dict[str, State],
+        initial: dict[str, Initial],
+    ) -> list[_Read]:
+        """Return what tokens read of each part; in packed segments, what each document's do.
+
+        The first document of a segment reads what was carried, the others the start of one. (The
+        start is made even where no segment holds another: all ranks must call the same layers.)
+        """
+        parts = self._parts()
+        if segments.documents is None:
+            return [_Read(part, of) for part, of in zip(parts.values(), opened, strict=True)]
+        found, first = [], segments.documents.first
+        for (name, part), carried in zip(parts.items(), opened, strict=True):
+            begun = part.begin(block, segments, states[name], initial[name])
+            found += [_Read(part, carried, first), _Read(part, begun, ~first)]
+        return found
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
         """Return the state of streams that have read nothing (`like`: device and type)."""

@@ -42,7 +42,8 @@ def read_tokens(
     if window:
         k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
     cos, sin = segments.cos.unsqueeze(-2), segments.sin.unsqueeze(-2)
-    q, rotated = rotate(raw.q, cos[window:], sin[window:]), rotate(k, cos, sin)
+    here = (..., slice(window, None), *3 * [slice(None)])  # cos may have B in front
+    q, rotated = rotate(raw.q, cos[here], sin[here]), rotate(k, cos, sin)
     after = WindowState(
         k[:, segments.num_segments :], v[:, segments.num_segments :], age[:, -1] + 1
     )
