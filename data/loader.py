@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.index import Corpus
-from data.streams import IGNORE, Batch, Segment, Streams
+from data.streams import IGNORE, Batch, Run, Segment, Streams
 
 # Steps read ahead for each worker: one in the making and one ready.
 _AHEAD = 2
@@ -133,6 +133,7 @@ def assemble(corpus: Corpus, streams: Streams, position: int, rows: int) -> Batc
     labels = np.empty(shape, dtype=np.int64)
     starts = np.ones(shape[:2], dtype=np.bool_)
     offsets = np.zeros(shape[:2], dtype=np.int64)
+    documents = np.zeros(shape, dtype=np.int64) if streams.packs else None
     for row in range(rows):
         sample = streams.sample(position + row)
         for n, segment in enumerate(sample):
@@ -146,12 +147,16 @@ def assemble(corpus: Corpus, streams: Streams, position: int, rows: int) -> Batc
                 tokens[row, first:last].reshape(-1),
                 labels[row, first:last].reshape(-1),
             )
+        for n, segment in enumerate(sample):
+            if documents is not None and segment is not None and segment.behind:
+                _fill_behind(corpus, segment, tokens[row, n], labels[row, n], documents[row, n])
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
         torch.from_numpy(starts),
         torch.from_numpy(offsets),
         position,
+        None if documents is None else torch.from_numpy(documents),
     )
 
 
@@ -171,8 +176,23 @@ def _runs(sample: list[Segment | None]) -> Iterator[tuple[int, int, Segment | No
         first = last
 
 
+def _fill_behind(
+    corpus: Corpus,
+    segment: Segment,
+    tokens: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    documents: NDArray[np.int64],
+) -> None:
+    """Write the documents behind a segment's first one, each up to the segment's end."""
+    place = segment.stop - segment.start
+    for number, run in enumerate(segment.behind, 1):
+        _fill(corpus, run, tokens[place:], labels[place:])
+        documents[place:] = number
+        place += run.stop
+
+
 def _fill(
-    corpus: Corpus, run: Segment | None, tokens: NDArray[np.int64], labels: NDArray[np.int64]
+    corpus: Corpus, run: Segment | Run | None, tokens: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> None:
     num_tokens = num_labels = 0
     # A damaged document is skipped and named by the corpus; padding keeps its place.

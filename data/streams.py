@@ -32,6 +32,8 @@ class Batch(NamedTuple):
         document, or the first of a lane's share of the epoch, or it is padding.
     offsets: [B, N] int64, the index inside its document of the segment's first token.
     first_position: the sample number of row 0; row i is sample first_position + i.
+    documents: [B, N, S] int64, where segments are packed: which document of its segment a
+        token is of, 0 for the first; padding counts as the last one's. None: not packed.
     """
 
     tokens: Tensor
@@ -39,15 +41,28 @@ class Batch(NamedTuple):
     starts: Tensor
     offsets: Tensor
     first_position: int
+    documents: Tensor | None = None
+
+
+class Run(NamedTuple):
+    """Tokens [start, stop) of a document."""
+
+    document: int
+    start: int
+    stop: int
 
 
 class Segment(NamedTuple):
-    """Tokens [start, stop) of a document; `starts` where the memory resets before it."""
+    """Tokens [start, stop) of a document; `starts` where the memory resets before it.
+
+    behind: whole documents in the same segment after it, where segments are packed.
+    """
 
     document: int
     start: int
     stop: int
     starts: bool
+    behind: tuple[Run, ...] = ()
 
 
 class Streams:
@@ -56,6 +71,8 @@ class Streams:
     Step t of lane l is position t * lanes + l. Every token of every document is read once an
     epoch; a share that ends before the epoch does is filled up with None.
     """
+
+    packs = False  # whether segments may hold several documents
 
     def __init__(
         self, lengths: Int64Array, *, seed: int, lanes: int, segment_len: int, segments: int

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.config import ComputeConfig, ModelConfig
-from model.documents import Documents, check_documents
 from model.interfaces import Linears, Segments, Sequence
 from model.layers import RMSNorm
 from model.local import FoldedSequence, LocalLinears
@@ -20,6 +19,7 @@ from model.memory import MEMORIES, Memory
 from model.memory.base import Carried, Initial, State
 from model.memory.frame import Rows
 from model.memory.in_turn import InTurn
+from model.packed import Packed, check_documents
 from model.rope import rope_tables
 
 
@@ -286,7 +286,7 @@ class Decoder(nn.Module):
         if documents is not None:
             documents = documents.cpu()
             check_documents(documents, starts)
-            packed = Documents(documents, here, starts.device)
+            packed = Packed(documents, here, starts.device)
             behind = first[window:] + packed.places(here)  # [B, N, S]
             places = torch.cat((places[:window].expand(batch, -1, -1), behind), 1)
             places = places.to(starts.device)  # B times as many

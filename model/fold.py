@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.attention import Exchange, Layout, Partial, Span, Sum, merge
-from model.documents import Block, Documents, backward_blocks, forward_blocks
 from model.kernels import Kernel, choose_kernel
+from model.packed import Block, Packed, backward_blocks, forward_blocks
 
 ALL = slice(None)
 
@@ -51,7 +51,7 @@ class _How(NamedTuple):
     layout: Layout
     exchange: Exchange
     kernel: Kernel | None  # of token keys; None: plain attention
-    documents: Documents | None = None  # of packed segments
+    packed: Packed | None = None  # of packed segments
 
 
 class _Reads:
@@ -60,7 +60,7 @@ class _Reads:
     def __init__(self, q: Tensor, k: Tensor, how: _How) -> None:
         self.count, self.carried = q.shape[1], k.shape[1] - q.shape[1]
         self.length, self.layout, self.rank = q.shape[2], how.layout, how.exchange.rank
-        self.visible, self.documents = how.visible, how.documents
+        self.visible, self.packed = how.visible, how.packed
         self.plain: Kernel = choose_kernel(q)
         self.kernel = how.kernel or self.plain
 
@@ -76,8 +76,8 @@ class _Reads:
         own: list[tuple[int, Span, list[Block] | None]] = []
         for number, span in enumerate(self.layout.spans(self.rank, source, self.length)):
             blocks = None
-            if self.documents is not None:
-                blocks = self.documents.blocks(self.layout, self.rank, source, number)
+            if self.packed is not None:
+                blocks = self.packed.blocks(self.layout, self.rank, source, number)
             own.append((0, span, blocks))
         return own + [(lag, Span(ALL, ALL, False), None) for lag in range(1, self.carried + 1)]
 
@@ -87,7 +87,7 @@ class _Reads:
             return lse
         if self.visible is not None:
             lse = _hide(lse, self.visible[:, :, lag - 1], value)
-        return lse if self.documents is None else _hide(lse, self.documents.first, value)
+        return lse if self.packed is None else _hide(lse, self.packed.first, value)
 
 
 def _hide(lse: Tensor, visible: Tensor | None, value: float, rows: slice = ALL) -> Tensor:
@@ -240,17 +240,17 @@ def fold(
     exchange: Exchange,
     kernel: Kernel | None = None,
     other: tuple[Tensor, Tensor] | None = None,
-    documents: Documents | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:
     """Return causal attention of each segment's tokens over their segment, the past and pieces.
 
     q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K]; visible [B, N, M] bool: may segment n read
     segment n - 1 - m (None: all may). S is this rank's slice. kernel: of token keys, where it is
     not plain softmax. other: a result over other keys, out [B, N, S, H, K] and lse [B, N, H, S],
-    that is merged in. documents: of packed segments; then a token reads its own document's alone,
-    and segments before only if it is in the first. The result has q's shape and type.
+    that is merged in. packed: several documents a segment; a token then reads its own document's
+    keys, and segments before only if it is in the first. The result has q's shape and type.
     """
-    how = _How(visible, _marks(pieces), layout, exchange, kernel, documents)
+    how = _How(visible, _marks(pieces), layout, exchange, kernel, packed)
     keys = _keys(pieces, q.dtype)
     result: Tensor = _Fold.apply(q, k, v, *(other or (None, None)), how, *keys)  # type: ignore[no-untyped-call]
     return result

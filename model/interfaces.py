@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from model.documents import Documents
 from model.fold import Piece
 from model.kernels import Kernel
+from model.packed import Packed
 
 
 class Sequence(Protocol):
@@ -38,7 +38,7 @@ class Sequence(Protocol):
         visible: Tensor | None = None,
         kernel: Kernel | None = None,
         other: tuple[Tensor, Tensor] | None = None,
-        documents: Documents | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         """Return token attention over segment, past segments and pieces; see fold.fold."""
         ...
@@ -136,4 +136,4 @@ class Segments(NamedTuple):
     rope: Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of other positions, same origin
     sequence: Sequence
     linears: Linears
-    documents: Documents | None = None  # of packed segments; None: each segment is one document's
+    packed: Packed | None = None  # of packed segments; None: each segment is one document's

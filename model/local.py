@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import Alone, Exchange, Layout, Whole
-from model.documents import Documents
 from model.fold import Piece, fold, fold_slots
 from model.kernels import Kernel
+from model.packed import Packed
 from model.totals import combine, total
 
 
@@ -37,12 +37,12 @@ class FoldedSequence:
         visible: Tensor | None = None,
         kernel: Kernel | None = None,
         other: tuple[Tensor, Tensor] | None = None,
-        documents: Documents | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         """Return token attention; see fold.fold."""
         return fold(
             q, k, v, pieces=pieces, visible=visible, kernel=kernel, other=other,
-            layout=self.layout, exchange=self.exchange, documents=documents,
+            layout=self.layout, exchange=self.exchange, packed=packed,
         )  # fmt: skip
 
     def fold_slots(self, q: Tensor, k: Tensor, v: Tensor, *, pieces: Items[Piece]) -> Tensor:

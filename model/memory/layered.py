@@ -27,7 +27,7 @@ class Layered(nn.Module):
     """None, window, and every memory made of parts: all segments go through a layer at once."""
 
     in_turn = False
-    packs = True  # segments may hold several documents (Segments.documents)
+    packs = True  # segments may hold several documents (Segments.packed)
 
     @property
     def weighted(self) -> bool:

@@ -147,7 +147,7 @@ class Mixer(nn.Module):
             visible=tokens.visible,
             kernel=self.kernel,
             other=_merged(others),
-            documents=segments.documents,
+            packed=segments.packed,
         )
         for read in reads:
             attended = read.blend(tokens.raw.q, attended)
@@ -244,9 +244,9 @@ class Mixer(nn.Module):
         start is made even where no segment holds another: all ranks must call the same layers.)
         """
         parts = self._parts()
-        if segments.documents is None:
+        if segments.packed is None:
             return [_Read(part, of) for part, of in zip(parts.values(), opened, strict=True)]
-        found, first = [], segments.documents.first
+        found, first = [], segments.packed.first
         for (name, part), carried in zip(parts.items(), opened, strict=True):
             begun = part.begin(block, segments, states[name], initial[name])
             found += [_Read(part, carried, first), _Read(part, begun, ~first)]

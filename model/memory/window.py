@@ -42,8 +42,9 @@ def read_tokens(
     if window:
         k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
     cos, sin = segments.cos.unsqueeze(-2), segments.sin.unsqueeze(-2)
-    here = (..., slice(window, None), *3 * [slice(None)])  # cos may have B in front
-    q, rotated = rotate(raw.q, cos[here], sin[here]), rotate(k, cos, sin)
+    rotated = rotate(k, cos, sin)
+    here = (x.narrow(-4, window, segments.num_segments) for x in (cos, sin))  # B may stand before
+    q = rotate(raw.q, *here)
     after = WindowState(
         k[:, segments.num_segments :], v[:, segments.num_segments :], age[:, -1] + 1
     )

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.attention import Layout, Span
+from model.attention import Layout
 from model.kernels import Kernel
 
 
@@ -28,7 +28,7 @@ class Block(NamedTuple):
     keys: slice
 
 
-class Documents:
+class Packed:
     """The documents of B * N packed segments, and where each rank has them."""
 
     def __init__(self, whole: Tensor, positions: Tensor, device: torch.device) -> None:
