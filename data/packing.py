@@ -21,7 +21,8 @@ from data.streams import Int64Array, Run, Segment, Streams
 NEIGHBOURS = 1024
 """Documents that are packed with one another: few, so that a pack is read from one or two shards.
 
-Documents of 800 tokens, segments of 4096: 5 % are padding with 64, 0.8 % with 1024, 0.5 % with 4096.
+Documents of 800 tokens in segments of 4096: 5 % are padding with 64 neighbours, 0.8 % with 1024,
+0.5 % with 4096.
 """
 _OPEN = 32
 """Segments with room that a document chooses among; a new one takes the place of the fullest."""

@@ -9,11 +9,11 @@ from model.decoder import Decoder, Output
 from model.loss import IGNORE
 from tests.model.small import VOCAB, gradients
 
-SEGMENT_LEN = 12
+SEGMENT_LEN = 16
 
 LANES = (
-    ((17, 4), (6, 5), (12,)),
-    ((2, 1, 8, 1), (29, 3)),
+    ((21, 6, 4), (8, 7), (16,)),
+    ((2, 1, 11, 2), (37, 5, 4)),
 )
 """For each lane its packs: the documents' lengths, of which the first alone may be long."""
 

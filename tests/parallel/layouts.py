@@ -24,7 +24,7 @@ from tests.parallel.plain import (
     SEGMENTS,
     Case,
     Step,
-    batches,
+    batches_of,
     config_of,
     make_optimizer,
 )
@@ -104,7 +104,8 @@ def train_on_a_rank(case: Case) -> dict[str, Any]:
     own = torch.arange(BATCH).chunk(mesh.dp)[mesh.dp_rank].chunk(case.micro_batches)
     states: list[Any] = [None] * case.micro_batches
     steps = []
-    for (tokens, starts, labels), lr in zip(batches(), LEARNING_RATES, strict=True):
+    given, documents = batches_of(case)
+    for (tokens, starts, labels), lr in zip(given, LEARNING_RATES, strict=True):
         scale = torch.tensor(1.0 / int((labels != IGNORE).sum()))
         total = torch.zeros(())
         if case.cp > 1:
@@ -120,6 +121,7 @@ def train_on_a_rank(case: Case) -> dict[str, Any]:
                     labels=labels[here],
                     scale=scale,
                     step=0,
+                    documents=None if documents is None else documents[here],
                 )
                 last = i == len(own) - 1 and j == len(windows) - 1
                 engine.backward(output.loss, last=last)

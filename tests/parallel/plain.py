@@ -70,6 +70,7 @@ class Case:
     micro_batches: int = 1
     bf16: bool = False
     tied: bool = False
+    packed: bool = False
 
     @property
     def tp(self) -> int:
@@ -133,6 +134,32 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
+def packed_batches() -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+    """Return batches of packed segments, and their documents [B, N, S], the same in each step.
+
+    Behind a segment of several documents one begins, in the next step where it is the last. Some
+    documents lie on one rank, some on several, some wholly on ranks that hold no earlier one.
+    """
+    documents = torch.zeros(BATCH, SEGMENTS, SEGMENT_LEN, dtype=torch.int64)
+    documents[0, 1, 5:] = 1
+    documents[0, 1, 14:] = 2
+    documents[1, 1, 2:] = 1
+    documents[1, 3, 9:] = 1
+    documents[3, 0] = torch.arange(SEGMENT_LEN)
+    documents[3, 3, 1:] = 1
+    several, found = documents[..., -1] > 0, []
+    for tokens, starts, labels in batches():
+        starts[:, 1:] |= several[:, :-1]
+        starts[:, 0] |= several[:, -1]
+        found.append((tokens, starts, labels))
+    return found, documents
+
+
+def batches_of(case: Case) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+    """Return the case's batches, and the documents where they are packed."""
+    return packed_batches() if case.packed else (batches(), None)
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Return AdamW over two groups.
 
@@ -152,7 +179,8 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
     model = Decoder(config)
     initialise(model, config, seed=0)
     optimizer, state, steps = make_optimizer(model), None, []
-    for (tokens, starts, labels), lr in zip(batches(), LEARNING_RATES, strict=True):
+    given, documents = batches_of(case)
+    for (tokens, starts, labels), lr in zip(given, LEARNING_RATES, strict=True):
         scale = torch.tensor(1.0 / int((labels != IGNORE).sum()))
         optimizer.zero_grad()
         loss = 0.0
@@ -164,6 +192,7 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
                 labels=labels[:, window],
                 scale=scale,
                 step=0,
+                documents=None if documents is None else documents[:, window],
             )
             output.loss.backward()
             loss += output.loss.item()

@@ -81,6 +81,16 @@ OTHERS = [
     Case(tensor="TP2", cp=2, memory="composed", stage=3, compute=ComputeConfig("block")),
 ]
 
+PACKED = [
+    Case(packed=True, cp=4, memory="fam", stage=2),
+    Case(packed=True, cp=4, memory="infini", exchange="all_gather", layout="contiguous"),
+    Case(packed=True, cp=2, memory="composed", windows=2, stage=3, layout="contiguous"),
+    Case(packed=True, tensor="TP2+SP", cp=2, memory="fam", stage=3),
+    Case(packed=True, tensor="TP2+SP", cp=2, memory="composed", compute=ComputeConfig("block")),
+    Case(packed=True, dp=2, memory="cmab", stage=3, micro_batches=2),
+    Case(packed=True, dp=2, cp=2, memory="window", stage=3, exchange="all_gather"),
+]
+
 GRADIENTS = 1e-5
 """float32, of the largest element of the same tensor: contract 1. 4e-6 measured."""
 
@@ -92,8 +102,10 @@ WEIGHTS = 2e-6
 
 
 @functools.cache
-def reference(memory: str, windows: int, tied: bool) -> tuple[list[Step], dict[str, Any]]:
-    return plain.train(Case(memory=memory, windows=windows, tied=tied))
+def reference(
+    memory: str, windows: int, tied: bool, packed: bool = False
+) -> tuple[list[Step], dict[str, Any]]:
+    return plain.train(Case(memory=memory, windows=windows, tied=tied, packed=packed))
 
 
 def marked(cases: list[Case]) -> list[Any]:
@@ -110,9 +122,9 @@ def marked(cases: list[Case]) -> list[Any]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("case", marked(PAIRWISE + OTHERS))
+@pytest.mark.parametrize("case", marked(PAIRWISE + OTHERS + PACKED))
 def test_a_layout_equals_one_plain_process(case: Case) -> None:
-    expected, expected_weights = reference(case.memory, case.windows, case.tied)
+    expected, expected_weights = reference(case.memory, case.windows, case.tied, case.packed)
     steps, weights = layouts.run(case)
     for step, plain_step in zip(steps, expected, strict=True):
         assert abs(step.loss / plain_step.loss - 1) < LOSSES
