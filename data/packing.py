@@ -119,6 +119,21 @@ class PackedStreams(Streams):
             for segment in self._streams.sample(position)
         ]
 
+    def keys_per_token(self, window: int) -> float:
+        """Return how many keys of its own and `window` earlier segments a token reads on average.
+
+        Over an epoch, padding as tokens that read nothing.
+        """
+        size = self.segment_len
+        earlier = -(-self.lengths // size) - 1  # full segments of each document, before its last
+        tail = self.lengths - earlier * size
+        own = earlier * (size * (size + 1) // 2) + tail * (tail + 1) // 2
+        # The k-th full segment has k before it, of which the window keeps some.
+        ramp = np.minimum(earlier, window + 1)
+        full = ramp * (ramp - 1) // 2 + (earlier - ramp) * window
+        past = full * size * size + tail * size * np.minimum(earlier, window)
+        return float((own + past).sum()) / (self.total_segments * size)
+
     def _of_documents(self, segment: Segment) -> Segment:
         """Return a pack's segment as its documents'."""
         number = segment.document

@@ -16,8 +16,18 @@ from train.config import Config, ConfigError
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
 
-FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
+FIXED = (
+    "model",
+    "data.segment_len",
+    "data.sample_len",
+    "data.packing",
+    "train.batch_size",
+    "seed",
+)
 """What cannot change in the middle of a run: shapes of the weights, and which sample is which."""
+
+ADDED = {"data.packing": False}
+"""Fields that older checkpoints have not, and what their runs did."""
 
 SAME_LAYOUT = (
     "parallel.tp",
@@ -138,7 +148,7 @@ def checkpoint_problems(
     config: Config, manifest: Manifest, world_size: int
 ) -> list[tuple[str, str]]:
     """Return (field, message) for what keeps this configuration from going on from a checkpoint."""
-    saved, now = _flat(manifest.config), _flat(config.model_dump(mode="json"))
+    saved, now = ADDED | _flat(manifest.config), _flat(config.model_dump(mode="json"))
     if saved[MEMORY] != now[MEMORY]:  # then the keys of each are missing in the other: one problem
         saved, now = (
             {k: v for k, v in flat.items() if k == MEMORY or not k.startswith("model.memory.")}

@@ -66,7 +66,9 @@ def train_steps(
             for first in range(0, batch.tokens.shape[1], config.bptt_segments)
         ]
         for number, (index, batch, first) in enumerate(windows):
-            tokens, labels, starts = window(batch, first, config.bptt_segments, built, mesh)
+            tokens, labels, starts, documents = window(
+                batch, first, config.bptt_segments, built, mesh
+            )
             output = built.engine(
                 tokens,
                 starts,
@@ -75,6 +77,7 @@ def train_steps(
                 scale=scale,
                 passed=passed,
                 step=state.step,
+                documents=documents,
             )
             total += output.loss.detach()
             last = number == len(windows) - 1
@@ -97,14 +100,19 @@ def train_steps(
 
 def window(
     batch: Batch, first: int, count: int, built: Built, mesh: Mesh
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return this rank's tokens and labels [B, n, S / cp] and starts [B, n] of one BPTT window."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return this rank's part of one BPTT window.
+
+    Tokens and labels [B, n, S / cp], starts [B, n]; documents [B, n, S] of all ranks, on the CPU,
+    where segments are packed.
+    """
     segments = slice(first, first + count)
     tokens, labels = (
         take_slice(x[:, segments], built.layout, mesh.cp_rank).to(mesh.device)
         for x in (batch.tokens, batch.labels)
     )
-    return tokens, labels, batch.starts[:, segments].to(mesh.device)
+    documents = None if batch.documents is None else batch.documents[:, segments]
+    return tokens, labels, batch.starts[:, segments].to(mesh.device), documents
 
 
 def count_targets(batches: list[Batch], mesh: Mesh) -> int:

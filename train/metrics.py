@@ -20,8 +20,9 @@ FORMULA_NAME = "causal mask-aware, no recomputation"
 FORMULA = (
     "FLOPs/token = 3 x forward; forward = 2 x P + 4 x layers x heads x head_dim x keys + memory;"
     " P: parameters of all matrices outside the memory, head included, embedding lookup and"
-    " vocabulary padding not; keys: (S + 1) / 2 of the own segment + S of each window segment +"
-    " those a token reads of the memory (slots, rows, retrieved blocks); memory: its own rows"
+    " vocabulary padding not; keys: (S + 1) / 2 of the own segment + S of each window segment"
+    " (packed: the mean over an epoch of those that attention reads) + those a token reads of the"
+    " memory (slots, rows, retrieved blocks); memory: its own rows"
     " through all blocks (fam slots / S a token, rmt 2 x slots / S, armt slots / S, hmt (sensory"
     " + 3) / S and the summary of half a segment) with the keys they read, and its products:"
     " reads and writes of matrices (infini, armt), scores and writes of slots (abc, cmab), the"
@@ -38,22 +39,28 @@ class Flops(NamedTuple):
     memory: float  # the memory's own rows and products; see train.memory_flops
 
 
-def forward_flops_per_token(model: ModelConfig, segment_len: int) -> Flops:
+def forward_flops_per_token(
+    model: ModelConfig, segment_len: int, keys: float | None = None
+) -> Flops:
     """Return what one token of a full segment costs, far enough in its document.
 
     There all window segments exist; in a document's first segments, which have none, the same
-    cost is counted. segment_len is that of all ranks, in tokens.
+    cost is counted. segment_len is that of all ranks, in tokens. keys: those of segment and window
+    that a token reads where segments are packed (PackedStreams.keys_per_token).
     """
     costs = block_costs(model)
     memory = memory_flops(model, model.memory, segment_len)
-    keys = (segment_len + 1) / 2 + model.window * segment_len + memory.keys
+    if keys is None:
+        keys = (segment_len + 1) / 2 + model.window * segment_len
     head = 2.0 * model.hidden_size * model.vocab_size
-    return Flops(costs.row + head, costs.key * keys, memory.flops)
+    return Flops(costs.row + head, costs.key * (keys + memory.keys), memory.flops)
 
 
-def training_flops_per_token(model: ModelConfig, segment_len: int) -> float:
+def training_flops_per_token(
+    model: ModelConfig, segment_len: int, keys: float | None = None
+) -> float:
     """Return the FLOPs of one token in training: forward once, backward twice as much."""
-    return 3 * sum(forward_flops_per_token(model, segment_len))
+    return 3 * sum(forward_flops_per_token(model, segment_len, keys))
 
 
 Precision = Literal["fp32", "bf16"]

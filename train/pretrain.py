@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import load
+from data.packing import PackedStreams
 from data.streams import Streams
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
@@ -109,13 +110,18 @@ class Pretraining:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
         reading = choose_reading(config, self.built.model.config.vocab_size)
-        streams = Streams(
+        order = PackedStreams if config.data.packing else Streams
+        streams = order(
             self.inputs.train.lengths,
             seed=config.seed,
             lanes=config.train.batch_size,
             segment_len=reading.segment_len,
             segments=config.num_segments,
         )
+        if isinstance(streams, PackedStreams):
+            model = self.built.model.config
+            keys = streams.keys_per_token(model.window)
+            self.flops = training_flops_per_token(model, config.data.segment_len, keys)
         with contextlib.closing(
             load(
                 self.inputs.train,

@@ -112,6 +112,21 @@ def _bptt_len(bptt_len: int | None, sample_len: int, segment_len: int) -> str | 
     return f"{bptt_len} {limit}; use {nearest(lengths, bptt_len)}"
 
 
+def _packing(packing: bool, memory: Memory) -> str | None:
+    if not packing:
+        return None
+    if any(find_memory(memory, in_turn) for in_turn in IN_TURN):
+        why = "a document inside a segment would need memory rows of its own"
+    elif find_memory(memory, "landmark"):
+        why = "documents would have to begin and end with a block"
+    else:
+        return None
+    return (
+        f"true, but {memory.name} reads whole segments: {why}; set data.packing=false, or use none,"
+        " window, fam, infini, abc or cmab"
+    )
+
+
 # ranks and rows
 
 
@@ -244,6 +259,7 @@ RULES: tuple[Rule, ...] = (
     *MEMORY_RULES,
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
     Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),
+    Rule("data.packing", ("data.packing", "model.memory"), _packing),
     Rule(_BPTT, (_BPTT, _SAMPLE, _SEGMENT), _bptt_len),
     Rule("parallel", (_TP, _CP, "world_size"), _world_size),
     Rule(_SP, (_SP, _TP, _CP, _MICRO, _BPTT, _SAMPLE, _SEGMENT, "model.memory"), _sharded_rows),

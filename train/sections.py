@@ -93,6 +93,12 @@ class DataSection(Section):
         description="Tokens of a stream that one optimizer step consumes: a multiple of"
         " segment_len. Longer samples let gradients reach further back, see bptt_len.",
     )
+    packing: bool = Field(
+        default=False,
+        description="Fill what a document leaves of its last segment with whole short documents."
+        " None of them sees another, in attention or memory; only the padding goes. For corpora"
+        " of documents shorter than segment_len; not with rmt, armt, hmt and landmark.",
+    )
     workers: Index = Field(
         default=1,
         description="Background readers of each rank; they prefetch and never change the order."

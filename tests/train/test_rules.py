@@ -54,6 +54,20 @@ FAM = {"name": "fam", "slots": 64}
             " use 2 or 4",
         ),
         (
+            {"data__packing": True, "model__memory": {"name": "rmt", "slots": 4}},
+            None,
+            "data.packing: true, but rmt reads whole segments: a document inside a segment would"
+            " need memory rows of its own; set data.packing=false, or use none, window, fam,"
+            " infini, abc or cmab",
+        ),
+        (
+            {"data__packing": True, "model__memory": {"name": "landmark", "block": 16}},
+            None,
+            "data.packing: true, but landmark reads whole segments: documents would have to begin"
+            " and end with a block; set data.packing=false, or use none, window, fam, infini, abc"
+            " or cmab",
+        ),
+        (
             {"model__head_dim": 15},
             None,
             "model.head_dim: 15 is odd, but rotary embedding turns pairs; use 16",
