@@ -135,6 +135,7 @@ OTHER = [
     ("model.memory.slots", "model__memory__slots", 8, 4),
     ("data.segment_len", "data__segment_len", 32, 16),
     ("data.sample_len", "data__sample_len", 128, 64),
+    ("data.packing", "data__packing", True, False),
     ("train.batch_size", "train__batch_size", 8, 4),
     ("seed", "seed", 5, 0),
     ("parallel.tp", "parallel__tp", 2, 1),
@@ -158,6 +159,14 @@ def test_another_memory_is_one_problem(run: Path, shards: Shards) -> None:
     line = one_line(tiny(run, shards, model__memory={"name": "window"}), world_size=2)
     assert line.startswith("model.memory.name: window, ")
     assert_says(line, "with fam", "--fresh")
+
+
+def test_a_checkpoint_from_before_packing_was_not_packed(run: Path, shards: Shards) -> None:
+    (path,) = list_checkpoints(run / "checkpoints")
+    manifest = read_manifest(path)
+    del manifest.config["data"]["packing"]
+    config = validate(tiny(run, shards))
+    assert checkpoint_problems(config, manifest, len(manifest.files)) == []
 
 
 def compare(memory: object, before: object, run: Path, shards: Shards) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.loader import load
+from data.packing import PackedStreams
 from data.prepare import prepare
 from data.streams import IGNORE, Batch, Streams
 from data.tokenizer import load_tokenizer
@@ -33,15 +34,21 @@ class Shards(NamedTuple):
     valid: Path
 
 
-def prepare_shards(folder: Path, *, seed: int = 0) -> Shards:
+def prepare_shards(
+    folder: Path,
+    *,
+    seed: int = 0,
+    documents: int = 12,
+    words: tuple[int, int] = (SAMPLE, 8 * SAMPLE),
+) -> Shards:
     """Return shards of twelve documents of 5 to 40 samples, made as a user makes them."""
     chance = random.Random(seed)
-    words = ["".join(chance.choices("abcdefgh", k=4)) for _ in range(20)]
+    known = ["".join(chance.choices("abcdefgh", k=4)) for _ in range(20)]
     texts = folder / "texts"
     texts.mkdir(parents=True)
-    for number in range(12):
-        text = " ".join(chance.choices(words, k=chance.randint(SAMPLE, 8 * SAMPLE)))
-        (texts / f"{number:02d}.txt").write_text(text)
+    for number in range(documents):
+        text = " ".join(chance.choices(known, k=chance.randint(*words)))
+        (texts / f"{number:03d}.txt").write_text(text)
     done = prepare(
         [texts],
         folder / "shards",
@@ -114,7 +121,8 @@ def read_steps(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> list[l
     """Return the first steps' micro-batches of this rank."""
     needed = model_vocab_size(config, inputs.train.manifest.vocab_size)
     reading = choose_reading(config, config.model.vocab_size or needed)
-    streams = Streams(
+    order = PackedStreams if config.data.packing else Streams
+    streams = order(
         inputs.train.lengths,
         seed=config.seed,
         lanes=config.train.batch_size,
