@@ -101,6 +101,7 @@ class PackedStreams(Streams):
         super().__init__(
             lengths, seed=seed, lanes=lanes, segment_len=segment_len, segments=segments
         )
+        self.lengths = np.asarray(lengths, dtype=np.int64)
         self._packs = pack(self.lengths, segment_len)
         self._streams = Streams(
             self.lengths[self._packs.first],
