@@ -9,49 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import threading
 import zlib
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.files import Files, LocalFiles, OpenFile
 from data.shards import INDEX_DTYPE, INDEX_SUFFIX, TOKENIZER, Manifest, Shard, TokenArray
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, read_tokenizer
 
 OnDamage = Literal["stop", "skip"]
-# Below the usual limit of 1024 open files, with room for the trainer's own.
-_OPEN_SHARDS = 128
 _CRC_BYTES = 8 << 20
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
-
-
-class _OpenFile:
-    """A descriptor that closes with its last user, so an evicted one is never pulled away."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, count: int, offset: int) -> bytes:
-        # pread, not a memory map: a map over a file that shrinks is a bus error without a
-        # word, and page faults on a slow file system would hold the interpreter's lock.
-        pieces = []
-        while count > 0:
-            piece = os.pread(self._descriptor, count, offset)
-            if not piece:
-                raise OSError("the file ends early")
-            pieces.append(piece)
-            count -= len(piece)
-            offset += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
 
 
 class Corpus:
@@ -59,14 +31,15 @@ class Corpus:
 
     def __init__(
         self,
-        folder: Path,
+        files: Files,
         manifest: Manifest,
         indices: list[tuple[Shard, NDArray[Any]]],
         damage: list[str],
         on_damage: OnDamage,
         absent: set[str],
     ) -> None:
-        self.folder = folder
+        self.folder = files.where
+        self._files = files
         self.manifest = manifest
         index = np.concatenate([rows for _, rows in indices])
         self.lengths: NDArray[np.int64] = index["length"].astype(np.int64)
@@ -83,7 +56,6 @@ class Corpus:
         for number, (shard, _) in enumerate(indices):
             if shard.name in absent:
                 self._state[self._first[number] : self._first[number + 1]] = _DAMAGED
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
         # Without a shard's index its documents have no place in the order, and every sample
         # becomes another one: then the fingerprint has to differ as well.
         kept = {shard.name for shard in self._shards}
@@ -100,17 +72,18 @@ class Corpus:
         """
         if on_damage not in ("stop", "skip"):
             raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
-        path = Path(folder)
-        manifest = Manifest.read(path)
-        damage = [_foreign(path / name) for name in _unlisted(path, manifest)]
+        files = LocalFiles(Path(folder))
+        manifest = files.manifest()
+        damage = [_foreign(files.shown(name)) for name in files.unlisted(manifest)]
+        files.fetch_indices(manifest)
         indices, absent = [], set()
         for shard in manifest.shards:
-            fault = shard_fault(path, shard)
+            fault = files.fault(shard)
             if fault:
                 damage.append(fault)
                 absent.add(shard.name)
             try:
-                indices.append((shard, read_index(path, shard, np.dtype(manifest.dtype))))
+                indices.append((shard, read_index(files, shard, np.dtype(manifest.dtype))))
             except ValueError as error:
                 damage.append(str(error))
         if damage and on_damage == "stop":
@@ -118,10 +91,10 @@ class Corpus:
             raise ValueError(damage[0] + more)
         if not indices:
             raise ValueError(
-                f"{path} holds no readable document ({manifest.documents} listed);"
+                f"{folder} holds no readable document ({manifest.documents} listed);"
                 f" run `longhaul prepare` first"
             )
-        return cls(path, manifest, indices, damage, on_damage, absent)
+        return cls(files, manifest, indices, damage, on_damage, absent)
 
     @property
     def damage(self) -> tuple[str, ...]:
@@ -131,7 +104,12 @@ class Corpus:
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer kept beside the shards; ValueError if it is another one."""
-        tokenizer = load_tokenizer(self.folder / TOKENIZER)
+        where = self._files.shown(TOKENIZER)
+        try:
+            content = self._files.read(TOKENIZER, self.manifest.tokenizer_sha256)
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read ({error}); restore it") from error
+        tokenizer = read_tokenizer(content, where)
         self.manifest.require_tokenizer(tokenizer, self.folder)
         return tokenizer
 
@@ -164,7 +142,7 @@ class Corpus:
         size = self._dtype.itemsize
         offset = int(self._offsets[document]) + start * size
         try:
-            content = self._open(self._shard_of(document)).read((stop - start) * size, offset)
+            content = self._open(document).read((stop - start) * size, offset)
         except OSError as error:
             raise ValueError(self._describe(document, f"cannot be read: {error}")) from error
         return np.frombuffer(content, dtype=self._dtype)
@@ -172,15 +150,15 @@ class Corpus:
     def _shard_of(self, document: int) -> int:
         return int(np.searchsorted(self._first, document, side="right")) - 1
 
-    def _open_shard(self, number: int) -> _OpenFile:
-        return _OpenFile(self.folder / self._shards[number].name)
+    def _open(self, document: int) -> OpenFile:
+        return self._files.open(self._shards[self._shard_of(document)])
 
     def _find_fault(self, document: int) -> str | None:
         offset = int(self._offsets[document])
         left = int(self.lengths[document]) * self._dtype.itemsize
         crc = 0
         try:
-            file = self._open(self._shard_of(document))
+            file = self._open(document)
             while left > 0:
                 content = file.read(min(left, _CRC_BYTES), offset)
                 crc = zlib.crc32(content, crc)
@@ -196,42 +174,25 @@ class Corpus:
     def _describe(self, document: int, fault: str) -> str:
         number = self._shard_of(document)
         return (
-            f"{self.folder / self._shards[number].name}: document"
+            f"{self._files.shown(self._shards[number].name)}: document"
             f" {document - int(self._first[number])} ({int(self.lengths[document])} tokens)"
             f" {fault}; restore the shard or set data.on_damage=skip"
         )
 
 
-def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    listed = {shard.name for shard in manifest.shards}
-    return sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
-
-
-def _foreign(path: Path) -> str:
+def _foreign(path: str) -> str:
     return f"{path} is not in the manifest beside it: a foreign shard; move it away"
 
 
-def shard_fault(folder: Path, shard: Shard) -> str | None:
-    """Return what is wrong with a shard's file as far as its size tells, else None."""
-    path = folder / shard.name
-    remedy = "restore it, set data.on_damage=skip, or run `longhaul prepare --force`"
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return f"{path} is missing ({error.strerror}); {remedy}"
-    if size != shard.bytes:
-        return f"{path} has {size} bytes, the manifest says {shard.bytes}; {remedy}"
-    return None
-
-
-def read_index(folder: Path, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]:
+def read_index(files: Files, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a shard's sidecar (INDEX_DTYPE); ValueError if it is missing or another's."""
-    path = folder / (shard.name + INDEX_SUFFIX)
+    name = shard.name + INDEX_SUFFIX
+    path = files.shown(name)
     remedy = "restore it, set data.on_damage=skip, or run `longhaul prepare --force`"
     try:
-        content = path.read_bytes()
+        content = files.read(name, shard.index_sha256)
     except OSError as error:
-        raise ValueError(f"{path} is missing ({error.strerror}); {remedy}") from error
+        raise ValueError(f"{path} is missing ({error.strerror or error}); {remedy}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != shard.index_sha256:
         raise ValueError(
