@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
-from data.shards import Manifest, TokenArray
+from data.shards import TokenArray
 from data.tokenizer import Tokenizer
 
 
@@ -29,8 +28,15 @@ class Documents(Protocol):
         """One more than the largest token id."""
 
     @property
+    def tokenizer_sha256(self) -> str:
+        """The hash of the tokenizer that made the documents."""
+
+    @property
     def end_of_document(self) -> int:
         """The id that closes every document."""
+
+    def describe(self) -> str:
+        """Return what there is, as JSON, for the run's records."""
 
     def length(self, document: int) -> int:
         """Return the tokens of a document."""

@@ -81,7 +81,9 @@ def load(
 class _Reader:
     """Builds any step of one rank, from its number alone."""
 
-    def __init__(self, corpus: Documents, streams: Streams, rows: list[int], micro_batch: int) -> None:
+    def __init__(
+        self, corpus: Documents, streams: Streams, rows: list[int], micro_batch: int
+    ) -> None:
         self._corpus = corpus
         self._streams = streams
         self._rows = rows
@@ -182,5 +184,5 @@ def _fill(
         num_tokens, num_labels = run.stop - run.start, after - run.start - 1
         tokens[:num_tokens] = content[:num_tokens]
         labels[:num_labels] = content[1:]
-    tokens[num_tokens:] = corpus.manifest.end_of_document
+    tokens[num_tokens:] = corpus.end_of_document
     labels[num_labels:] = IGNORE

@@ -58,16 +58,17 @@ class Streams:
     ) -> None:
         if segment_len < 1:
             raise ValueError(f"segment_len={segment_len} must be at least 1")
-        self._begin(Order.whole(lengths, seed=seed, segment_len=segment_len), lanes, segments)
+        order = Order.whole(lengths, seed=seed, segment_len=segment_len)
+        self._begin(order, lanes, segments, longest=int(lengths.max()))
 
     @classmethod
     def over(cls, order: Order, *, lanes: int, segments: int) -> Streams:
         """Return the streams of an order: of a mixture, or of a corpus in windows."""
         streams = cls.__new__(cls)
-        streams._begin(order, lanes, segments)
+        streams._begin(order, lanes, segments, longest=None)
         return streams
 
-    def _begin(self, order: Order, lanes: int, segments: int) -> None:
+    def _begin(self, order: Order, lanes: int, segments: int, *, longest: int | None) -> None:
         for name, value in (("lanes", lanes), ("segments", segments)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -77,6 +78,7 @@ class Streams:
         self.total_segments = order.segments
         longest_share = -(-self.total_segments // lanes)
         self.steps_per_epoch = -(-longest_share // segments)
+        self.longest = longest  # tokens of the longest document, where that is known
         self._read_lanes: set[int] = set()
 
     def sample(self, position: int) -> list[Segment | None]:

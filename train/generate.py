@@ -100,7 +100,7 @@ def run(
 def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokenizer:
     """Return the tokenizer of the run's data, or of a file, checked against the model."""
     if file is None:
-        folder = config.data.valid or config.data.train
+        folder = config.data.valid or config.corpora[0].path
         try:
             words = Corpus.open(folder).tokenizer()
         except (OSError, ValueError) as error:
