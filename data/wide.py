@@ -17,7 +17,7 @@ import numpy as np
 
 from data.files import Files, LocalFiles
 from data.index import OnDamage, Shards, Table, foreign, read_index
-from data.order import Int64Array, count_segments
+from data.passes import Int64Array, count_segments
 from data.shards import Manifest, Shard
 
 # Tables used last stay, whoever holds them: readers come back to a document segment by segment.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.index import Corpus
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.wide import WideCorpus
 from model.compact import Compact, continue_from
 from model.config import LandmarkMemory, NoMemory
 from model.decoder import Decoder
@@ -102,7 +102,7 @@ def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokeniz
     if file is None:
         folder = config.data.valid or config.corpora[0].path
         try:
-            words = Corpus.open(folder).tokenizer()
+            words = WideCorpus.open(folder).tokenizer()  # its index is not needed
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the run's tokenizer lies in its data, {folder}, which cannot be read ({error});"
