@@ -24,6 +24,7 @@ from train.config import Config, dump
 from train.describe import describe_run
 from train.held_out import HeldOut, count_parameters
 from train.inputs import Inputs, open_inputs
+from train.ledger import open_ledger
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.progress import Progress, Status
@@ -80,6 +81,10 @@ class Pretraining:
         config = self.config
         with contextlib.ExitStack() as stack:
             state = self.folder.resume(self._say)
+            position = state.step * config.train.batch_size
+            data = self.inputs.train.fingerprint
+            self.folder.ledger = open_ledger(config, self.mesh, position, data)
+            stack.callback(self.folder.ledger.close)
             self.progress = stack.enter_context(
                 Progress(
                     config.train.steps,
@@ -129,7 +134,9 @@ class Pretraining:
             )
         ) as batches:
             began = time.perf_counter()
-            read = ([reading.prepare(batch) for batch in step] for step in batches)
+            read = self.folder.ledger.recording(
+                [reading.prepare(batch) for batch in step] for step in batches
+            )
             for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
                 self._record(state, result, now - began)
