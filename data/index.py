@@ -17,12 +17,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.files import Files, LocalFiles, OpenFile
-from data.shards import INDEX_DTYPE, INDEX_SUFFIX, TOKENIZER, Manifest, Shard, TokenArray
+from data.files import Files, OpenFile
+from data.remote import Remote, open_files
+from data.shards import (
+    INDEX_DTYPE,
+    INDEX_SUFFIX,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    TokenArray,
+    index_bytes,
+)
 from data.tokenizer import Tokenizer, read_tokenizer
 
 OnDamage = Literal["stop", "skip"]
 _CRC_BYTES = 8 << 20
+_TOKENIZER_BYTES = 1 << 20  # about; large vocabularies have more
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 
 
@@ -64,15 +74,17 @@ class Corpus:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     @classmethod
-    def open(cls, folder: str | Path, on_damage: OnDamage = "stop") -> Corpus:
-        """Return the corpus in `folder` (the one that holds manifest.json).
+    def open(
+        cls, folder: str | Path, on_damage: OnDamage = "stop", remote: Remote | None = None
+    ) -> Corpus:
+        """Return the corpus in `folder` (the one that holds manifest.json), or behind such a URL.
 
         Raises ValueError naming file, value and remedy for a missing, foreign, resized or
         mixed-up file; with on_damage="skip" such a shard is listed in `damage` instead.
         """
         if on_damage not in ("stop", "skip"):
             raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
-        files = LocalFiles(Path(folder))
+        files = open_files(folder, remote)
         manifest = files.manifest()
         damage = [_foreign(files.shown(name)) for name in files.unlisted(manifest)]
         files.fetch_indices(manifest)
@@ -106,7 +118,7 @@ class Corpus:
         """Return the tokenizer kept beside the shards; ValueError if it is another one."""
         where = self._files.shown(TOKENIZER)
         try:
-            content = self._files.read(TOKENIZER, self.manifest.tokenizer_sha256)
+            content = self._files.read(TOKENIZER, self.manifest.tokenizer_sha256, _TOKENIZER_BYTES)
         except OSError as error:
             raise ValueError(f"{where} cannot be read ({error}); restore it") from error
         tokenizer = read_tokenizer(content, where)
@@ -120,6 +132,8 @@ class Corpus:
         """
         if self._state[document] == _UNKNOWN:
             fault = self._find_fault(document)
+            if fault and self._files.discard(self._shards[self._shard_of(document)]):
+                fault = self._find_fault(document)
             with self._lock:
                 if self._state[document] == _UNKNOWN and fault:
                     self._damage.append(fault)
@@ -190,7 +204,7 @@ def read_index(files: Files, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]
     path = files.shown(name)
     remedy = "restore it, set data.on_damage=skip, or run `longhaul prepare --force`"
     try:
-        content = files.read(name, shard.index_sha256)
+        content = files.read(name, shard.index_sha256, index_bytes(shard))
     except OSError as error:
         raise ValueError(f"{path} is missing ({error.strerror or error}); {remedy}") from error
     found = hashlib.sha256(content).hexdigest()
