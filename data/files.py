@@ -10,6 +10,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from data.shards import Manifest, Shard
 
@@ -58,6 +59,18 @@ def url_of(folder: str | Path) -> str | None:
     if match is None:
         return None
     return f"{match[1]}://{'/' if match[1] in ('file', 'local') else ''}{match[2]}"
+
+
+def shown_url(url: str) -> str:
+    """Return a URL for messages: without user, password, query."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+
+
+def shown_folder(folder: str | Path) -> str:
+    """Return how messages name a corpus: its path, or its URL without secrets."""
+    url = url_of(folder)
+    return str(folder) if url is None else shown_url(url)
 
 
 class Files(Protocol):

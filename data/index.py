@@ -11,13 +11,14 @@ import hashlib
 import io
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.files import Files, OpenFile
+from data.files import Files
 from data.remote import Remote, open_files
 from data.shards import (
     INDEX_DTYPE,
@@ -36,83 +37,75 @@ _TOKENIZER_BYTES = 1 << 20  # about; large vocabularies have more
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 
 
-class Corpus:
-    """Documents of a prepared folder, in shard order; safe to read from several threads."""
+class Table:
+    """One shard's index in memory, and which of its documents were found good."""
+
+    def __init__(self, shard: Shard, rows: NDArray[Any], *, damaged: bool = False) -> None:
+        self.shard = shard
+        self.lengths: NDArray[np.int64] = rows["length"].astype(np.int64)
+        self.offsets: NDArray[np.int64] = rows["offset"].astype(np.int64)
+        self.crc32: NDArray[np.uint32] = rows["crc32"].astype(np.uint32)
+        self.state = np.full(len(rows), _DAMAGED if damaged else _UNKNOWN, dtype=np.uint8)
+
+
+class Shards:
+    """Documents of a prepared folder by number, in shard order; safe to read from several threads.
+
+    Who inherits says how a shard's table is found: all in memory (Corpus), or read when asked for
+    (data.wide.WideCorpus).
+    """
 
     def __init__(
         self,
         files: Files,
         manifest: Manifest,
-        indices: list[tuple[Shard, NDArray[Any]]],
+        shards: Sequence[Shard],
         damage: list[str],
         on_damage: OnDamage,
-        absent: set[str],
     ) -> None:
         self.folder = files.where
-        self._files = files
         self.manifest = manifest
-        index = np.concatenate([rows for _, rows in indices])
-        self.lengths: NDArray[np.int64] = index["length"].astype(np.int64)
-        self.lengths.setflags(write=False)
-        self._shards = [shard for shard, _ in indices]
-        self._first = np.cumsum([0, *(len(rows) for _, rows in indices)])
-        self._offsets = index["offset"].astype(np.int64)
-        self._crc32 = index["crc32"]
+        self._files = files
+        self._shards = list(shards)
+        self._first = np.cumsum([0, *(shard.documents for shard in shards)])
         self._dtype = np.dtype(manifest.dtype)
         self._on_damage = on_damage
         self._damage = damage
         self._lock = threading.Lock()
-        self._state = np.zeros(len(index), dtype=np.uint8)
-        for number, (shard, _) in enumerate(indices):
-            if shard.name in absent:
-                self._state[self._first[number] : self._first[number + 1]] = _DAMAGED
         # Without a shard's index its documents have no place in the order, and every sample
         # becomes another one: then the fingerprint has to differ as well.
         kept = {shard.name for shard in self._shards}
         dropped = [shard.name for shard in manifest.shards if shard.name not in kept]
         identity = "\n".join([manifest.to_json(), *dropped])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self.documents = int(self._first[-1])
+        self.tokens = sum(shard.tokens for shard in shards)
+        self.vocab_size = manifest.vocab_size
+        self.tokenizer_sha256 = manifest.tokenizer_sha256
+        self.end_of_document = manifest.end_of_document
 
-    @classmethod
-    def open(
-        cls, folder: str | Path, on_damage: OnDamage = "stop", remote: Remote | None = None
-    ) -> Corpus:
-        """Return the corpus in `folder` (the one that holds manifest.json), or behind such a URL.
+    def table(self, number: int) -> Table:
+        """Return the index of a shard, by its place among the shards."""
+        raise NotImplementedError
 
-        Raises ValueError naming file, value and remedy for a missing, foreign, resized or
-        mixed-up file; with on_damage="skip" such a shard is listed in `damage` instead.
-        """
-        if on_damage not in ("stop", "skip"):
-            raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
-        files = open_files(folder, remote)
-        manifest = files.manifest()
-        damage = [_foreign(files.shown(name)) for name in files.unlisted(manifest)]
-        files.fetch_indices(manifest)
-        indices, absent = [], set()
-        for shard in manifest.shards:
-            fault = files.fault(shard)
-            if fault:
-                damage.append(fault)
-                absent.add(shard.name)
-            try:
-                indices.append((shard, read_index(files, shard, np.dtype(manifest.dtype))))
-            except ValueError as error:
-                damage.append(str(error))
-        if damage and on_damage == "stop":
-            more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-            raise ValueError(damage[0] + more)
-        if not indices:
-            raise ValueError(
-                f"{folder} holds no readable document ({manifest.documents} listed);"
-                f" run `longhaul prepare` first"
-            )
-        return cls(files, manifest, indices, damage, on_damage, absent)
+    def first(self, number: int) -> int:
+        """Return the number of a shard's first document."""
+        return int(self._first[number])
+
+    def length(self, document: int) -> int:
+        """Return the tokens of a document."""
+        table, row = self._row(document)
+        return int(table.lengths[row])
 
     @property
     def damage(self) -> tuple[str, ...]:
         """What was skipped so far, each entry naming its file (on_damage="skip")."""
         with self._lock:
             return tuple(self._damage)
+
+    def describe(self) -> str:
+        """Return what there is, as JSON: the manifest."""
+        return self.manifest.to_json()
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer kept beside the shards; ValueError if it is another one."""
@@ -130,15 +123,16 @@ class Corpus:
 
         Raises ValueError for a damaged one with on_damage="stop".
         """
-        if self._state[document] == _UNKNOWN:
+        table, row = self._row(document)
+        if table.state[row] == _UNKNOWN:
             fault = self._find_fault(document)
-            if fault and self._files.discard(self._shards[self._shard_of(document)]):
+            if fault and self._files.discard(table.shard):
                 fault = self._find_fault(document)
             with self._lock:
-                if self._state[document] == _UNKNOWN and fault:
+                if table.state[row] == _UNKNOWN and fault and fault not in self._damage:
                     self._damage.append(fault)
-                self._state[document] = _DAMAGED if fault else _GOOD
-        if self._state[document] == _GOOD:
+                table.state[row] = _DAMAGED if fault else _GOOD
+        if table.state[row] == _GOOD:
             return True
         if self._on_damage == "stop":
             raise ValueError(self._find_fault(document) or f"document {document} is damaged")
@@ -150,29 +144,30 @@ class Corpus:
 
     def read_stored(self, document: int, start: int, stop: int) -> TokenArray:
         """Return tokens [start, stop) of a document as stored: read-only uint16 or uint32."""
-        assert 0 <= start <= stop <= self.lengths[document], (document, start, stop)
+        table, row = self._row(document)
+        assert 0 <= start <= stop <= table.lengths[row], (document, start, stop)
         if not self.intact(document):
             raise ValueError(f"document {document} of {self.folder} is damaged; see `damage`")
         size = self._dtype.itemsize
-        offset = int(self._offsets[document]) + start * size
+        offset = int(table.offsets[row]) + start * size
         try:
-            content = self._open(document).read((stop - start) * size, offset)
+            content = self._files.open(table.shard).read((stop - start) * size, offset)
         except OSError as error:
             raise ValueError(self._describe(document, f"cannot be read: {error}")) from error
         return np.frombuffer(content, dtype=self._dtype)
 
-    def _shard_of(self, document: int) -> int:
-        return int(np.searchsorted(self._first, document, side="right")) - 1
-
-    def _open(self, document: int) -> OpenFile:
-        return self._files.open(self._shards[self._shard_of(document)])
+    def _row(self, document: int) -> tuple[Table, int]:
+        """Return the table that lists a document, and where."""
+        number = int(np.searchsorted(self._first, document, side="right")) - 1
+        return self.table(number), document - int(self._first[number])
 
     def _find_fault(self, document: int) -> str | None:
-        offset = int(self._offsets[document])
-        left = int(self.lengths[document]) * self._dtype.itemsize
+        table, row = self._row(document)
+        offset = int(table.offsets[row])
+        left = int(table.lengths[row]) * self._dtype.itemsize
         crc = 0
         try:
-            file = self._open(document)
+            file = self._files.open(table.shard)
             while left > 0:
                 content = file.read(min(left, _CRC_BYTES), offset)
                 crc = zlib.crc32(content, crc)
@@ -180,21 +175,82 @@ class Corpus:
                 left -= len(content)
         except OSError as error:
             return self._describe(document, f"cannot be read: {error}")
-        expected = int(self._crc32[document])
+        expected = int(table.crc32[row])
         if crc == expected:
             return None
         return self._describe(document, f"has crc32 {crc:08x}, its index says {expected:08x}")
 
     def _describe(self, document: int, fault: str) -> str:
-        number = self._shard_of(document)
+        table, row = self._row(document)
         return (
-            f"{self._files.shown(self._shards[number].name)}: document"
-            f" {document - int(self._first[number])} ({int(self.lengths[document])} tokens)"
+            f"{self._files.shown(table.shard.name)}: document"
+            f" {row} ({int(table.lengths[row])} tokens)"
             f" {fault}; restore the shard or set data.on_damage=skip"
         )
 
 
-def _foreign(path: str) -> str:
+class Corpus(Shards):
+    """A corpus whose whole index is in memory, about 30 bytes a document."""
+
+    def __init__(
+        self,
+        files: Files,
+        manifest: Manifest,
+        tables: list[Table],
+        damage: list[str],
+        on_damage: OnDamage,
+    ) -> None:
+        super().__init__(files, manifest, [table.shard for table in tables], damage, on_damage)
+        self.lengths: NDArray[np.int64] = np.concatenate([table.lengths for table in tables])
+        self.lengths.setflags(write=False)
+        self._tables = tables
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, on_damage: OnDamage = "stop", remote: Remote | None = None
+    ) -> Corpus:
+        """Return the corpus in `folder` (the one that holds manifest.json), or behind such a URL.
+
+        Raises ValueError naming file, value and remedy for a missing, foreign, resized or
+        mixed-up file; with on_damage="skip" such a shard is listed in `damage` instead.
+        """
+        if on_damage not in ("stop", "skip"):
+            raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
+        files = open_files(folder, remote)
+        manifest = files.manifest()
+        damage = [foreign(files.shown(name)) for name in files.unlisted(manifest)]
+        files.fetch_indices(manifest)
+        tables = []
+        for shard in manifest.shards:
+            fault = files.fault(shard)
+            if fault:
+                damage.append(fault)
+            try:
+                rows = read_index(files, shard, np.dtype(manifest.dtype))
+                tables.append(Table(shard, rows, damaged=fault is not None))
+            except ValueError as error:
+                damage.append(str(error))
+        if damage and on_damage == "stop":
+            more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+            raise ValueError(damage[0] + more)
+        if not tables:
+            raise ValueError(
+                f"{folder} holds no readable document ({manifest.documents} listed);"
+                f" run `longhaul prepare` first"
+            )
+        return cls(files, manifest, tables, damage, on_damage)
+
+    def table(self, number: int) -> Table:
+        """Return the index of a shard, by its place among the shards."""
+        return self._tables[number]
+
+    def length(self, document: int) -> int:
+        """Return the tokens of a document."""
+        return int(self.lengths[document])
+
+
+def foreign(path: str) -> str:
+    """Return what is wrong with a shard that nobody listed."""
     return f"{path} is not in the manifest beside it: a foreign shard; move it away"
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data.cache import Cache, WrongBytes
-from data.files import Files, LocalFiles, OpenFile, url_of
+from data.files import Files, LocalFiles, OpenFile, shown_url, url_of
 from data.shards import INDEX_SUFFIX, MANIFEST, Manifest, Shard, index_bytes
 
 _LOG = logging.getLogger("longhaul.data")
@@ -292,12 +292,6 @@ def joined(url: str, name: str) -> str:
     """Return the URL of a file in a folder; a query, such as a signature, stays at the end."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def shown_url(url: str) -> str:
-    """Return a URL for messages: without user, password, query."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def open_files(folder: str | Path, remote: Remote | None) -> Files:

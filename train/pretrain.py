@@ -9,18 +9,17 @@ import shlex
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data.loader import load
-from data.streams import Streams
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
 from train.config import Config, dump
+from train.corpora import Course, start_course
 from train.describe import describe_run
 from train.held_out import HeldOut, count_parameters
 from train.inputs import Inputs, open_inputs
@@ -52,10 +51,11 @@ def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
     start_processes(timeout)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
     torch.manual_seed(config.seed)
-    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    course = start_course(config, inputs.train)
+    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     model_config = to_model_config(config, vocab_size)
     built = build(config, model_config, mesh)
-    code = Pretraining(config, inputs, built, mesh, stop).run()
+    code = Pretraining(config, inputs, course, built, mesh, stop).run()
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
     # and hide the error until the timeout.
     dist.destroy_process_group()
@@ -66,9 +66,15 @@ class Pretraining:
     """One attempt at a run: what its parts share while it lasts."""
 
     def __init__(
-        self, config: Config, inputs: Inputs, built: Built, mesh: Mesh, stop: StopRequest
+        self,
+        config: Config,
+        inputs: Inputs,
+        course: Course,
+        built: Built,
+        mesh: Mesh,
+        stop: StopRequest,
     ) -> None:
-        self.config, self.inputs, self.built = config, inputs, built
+        self.config, self.inputs, self.course, self.built = config, inputs, course, built
         self.mesh, self.stop, self.first = mesh, stop, mesh.rank == 0
         self.folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
         self.tokens_per_step = config.train.batch_size * config.data.sample_len
@@ -114,17 +120,10 @@ class Pretraining:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
         reading = choose_reading(config, self.built.model.config.vocab_size)
-        streams = Streams(
-            self.inputs.train.lengths,
-            seed=config.seed,
-            lanes=config.train.batch_size,
-            segment_len=reading.segment_len,
-            segments=config.num_segments,
-        )
         with contextlib.closing(
             load(
                 self.inputs.train,
-                streams,
+                self.course.streams,
                 position=state.step * config.train.batch_size,
                 dp_rank=self.mesh.dp_rank,
                 dp_size=self.mesh.dp,
@@ -170,7 +169,9 @@ class Pretraining:
         due = state.step % self.config.train.log_every == 0 or state.step == 1
         if due:
             metrics = {name: value for name, value in row.items() if name not in ("step", "time")}
-            self.tracker.metrics(metrics | memory_norms(state), state.step)
+            metrics |= memory_norms(state) | self.course.metrics(state.step)
+            metrics |= self.inputs.metrics()
+            self.tracker.metrics(metrics, state.step)
         self.progress.update(
             state.step,
             Status(result.loss, result.grad_norm, result.lr, tokens_per_s, used, self._held()),
@@ -277,11 +278,13 @@ class Pretraining:
             f" | {parameters / 1e6:.2f}M parameters a TP rank"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )
+        for line in self.course.describe(config.train.steps):
+            self.progress.say(line)
         describe_run(
             self.tracker,
             self.folder.path,
             dump(config),
-            Path(config.data.train) / "manifest.json",
+            self.inputs.train.describe(),
         )
         self.tracker.params(config.model_dump(mode="json"))
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
-from data.files import url_of
+from data.files import shown_folder, url_of
 from train.memories import Memory, NoMemory
 from train.units import (
     ByteSize,
@@ -83,12 +83,40 @@ class ModelSection(Section):
     )
 
 
+class CorpusShare(Section):
+    """A corpus of a mixture."""
+
+    path: Folder = Field(description="Folder or URL of prepared training shards.")
+    weight: Positive = Field(
+        default=1.0,
+        description="Share of the tokens read that comes from this corpus, in proportion to the"
+        " weights of the others; they need not add up to 1.",
+    )
+    max_epochs: Count | None = Field(
+        default=None,
+        description="The most often that any document of this corpus may be read in the whole run"
+        " (train.steps); a run that would read more does not start. Left out: no limit.",
+    )
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return shown_folder(self.path)
+
+
 class DataSection(Section):
     """Where the tokens come from and how documents are cut. Prepare folders with `prepare`."""
 
-    train: Folder = Field(
-        description="Folder of prepared training shards (`longhaul prepare` writes it), or its URL:"
-        " http(s)://, s3:// or what else fsspec reads; a URL needs cache_dir."
+    train: Folder | tuple[CorpusShare, ...] = Field(
+        description="Folder of prepared training shards (`longhaul prepare` writes it). Or their"
+        " URL, http(s)://, s3:// or what else fsspec reads, with cache_dir. Or a list such as"
+        " [{path: books, weight: 3}, {path: code, weight: 1, max_epochs: 4}]: a mixture."
+    )
+    shuffle_shards: Count | None = Field(
+        default=None,
+        description="Shards whose documents are shuffled together, in an order of shards that is"
+        " new in each epoch; memory is then bounded by this many shards a lane. For corpora of"
+        " some ten million documents and more. Left out: all documents are shuffled.",
     )
     valid: Folder | None = Field(
         default=None,
@@ -349,6 +377,12 @@ class Config(Section):
     tracking: TrackingSection = Field(
         default_factory=TrackingSection, description="Where metrics go."
     )
+
+    @property
+    def corpora(self) -> tuple[CorpusShare, ...]:
+        """The training corpora: several, or one."""
+        train = self.data.train
+        return (CorpusShare(path=train),) if isinstance(train, Path) else train
 
     @property
     def num_segments(self) -> int:

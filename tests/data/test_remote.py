@@ -11,10 +11,10 @@ import pytest
 
 from data import remote as remote_module
 from data.cache import Cache
-from data.files import url_of
+from data.files import shown_url, url_of
 from data.index import Corpus
 from data.loader import load
-from data.remote import FetchError, Patience, Remote, joined, shown_url
+from data.remote import FetchError, Patience, Remote, joined
 from data.shards import INDEX_SUFFIX, Manifest
 from data.streams import Streams
 from data.tokenizer import ByteTokenizer
