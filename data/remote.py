@@ -49,16 +49,18 @@ class Remote(NamedTuple):
 
     cache: Cache
     patience: Patience = Patience()
+    say: Callable[[str], None] = _LOG.warning  # told each attempt that failed
 
 
 class RemoteFiles:
     """The files of a corpus below a URL."""
 
-    def __init__(self, url: str, cache: Cache, patience: Patience) -> None:
+    def __init__(self, url: str, remote: Remote) -> None:
         """Raise ValueError where nothing here reads such a URL."""
         self.where = shown_url(url)
-        self._url, self._cache, self._patience = url, cache, patience
-        self._read_from = _reader(url, patience.timeout_s)
+        self._url, self._say = url, remote.say
+        self._cache, self._patience = remote.cache, remote.patience
+        self._read_from = _reader(url, remote.patience.timeout_s)
 
     def manifest(self) -> Manifest:
         """Return the corpus's manifest; ValueError where there is no good one."""
@@ -173,7 +175,7 @@ class RemoteFiles:
             if attempt < attempts:
                 self._cache.count(retries=1)
                 pause = _pause(attempt, problem)
-                _LOG.warning(
+                self._say(
                     f"{self.shown(name)}: attempt {attempt} of {attempts} failed"
                     f" ({problem}); again in {pause:.1f} s"
                 )
@@ -307,4 +309,4 @@ def open_files(folder: str | Path, remote: Remote | None) -> Files:
             f"{shown_url(url)} is a URL, and there is no cache for it; set data.cache_dir to a"
             " folder on a disk of this node"
         )
-    return RemoteFiles(url, remote.cache, remote.patience)
+    return RemoteFiles(url, remote)
