@@ -6,14 +6,18 @@ A corpus asks for whole small files and for opened shards; it never joins a path
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from data.shards import Manifest, Shard
 
 # Below the usual limit of 1024 open files, with room for the trainer's own.
 _OPEN_SHARDS = 128
+# Two letters at least: C:/ is a drive.
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
 
 
 class OpenFile:
@@ -46,6 +50,29 @@ class OpenFile:
             os.close(self._descriptor)
 
 
+def url_of(folder: str | Path) -> str | None:
+    """Return the URL that a folder's name is, None for a path.
+
+    A Path has folded the // of a URL to /, so one slash is enough here.
+    """
+    match = _URL.fullmatch(str(folder))
+    if match is None:
+        return None
+    return f"{match[1]}://{'/' if match[1] in ('file', 'local') else ''}{match[2]}"
+
+
+def shown_url(url: str) -> str:
+    """Return a URL for messages: without user, password, query."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+
+
+def shown_folder(folder: str | Path) -> str:
+    """Return how messages name a corpus: its path, or its URL without secrets."""
+    url = url_of(folder)
+    return str(folder) if url is None else shown_url(url)
+
+
 class Files(Protocol):
     """The files of one corpus. OSError: a file is missing or cannot be what it should be."""
 
@@ -59,8 +86,8 @@ class Files(Protocol):
     def shown(self, name: str) -> str:
         """Return how messages name a file."""
 
-    def read(self, name: str, sha256: str) -> bytes:
-        """Return a whole small file; the caller checks the hash."""
+    def read(self, name: str, sha256: str, about: int) -> bytes:
+        """Return a whole small file, of about so many bytes; the caller checks the hash."""
 
     def open(self, shard: Shard) -> OpenFile:
         """Return a shard's file, for reading a little of it."""
@@ -93,7 +120,7 @@ class LocalFiles:
         """Return the file's path."""
         return str(self.where / name)
 
-    def read(self, name: str, sha256: str) -> bytes:
+    def read(self, name: str, sha256: str, about: int) -> bytes:
         """Return a whole file."""
         return (self.where / name).read_bytes()
 

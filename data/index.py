@@ -18,12 +18,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.files import Files, LocalFiles
-from data.shards import INDEX_DTYPE, INDEX_SUFFIX, TOKENIZER, Manifest, Shard, TokenArray
+from data.files import Files
+from data.remote import Remote, open_files
+from data.shards import (
+    INDEX_DTYPE,
+    INDEX_SUFFIX,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    TokenArray,
+    index_bytes,
+)
 from data.tokenizer import Tokenizer, read_tokenizer
 
 OnDamage = Literal["stop", "skip"]
 _CRC_BYTES = 8 << 20
+_TOKENIZER_BYTES = 1 << 20  # about; large vocabularies have more
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 _HEADERS = threading.Lock()
 
@@ -102,7 +112,7 @@ class Shards:
         """Return the tokenizer kept beside the shards; ValueError if it is another one."""
         where = self._files.shown(TOKENIZER)
         try:
-            content = self._files.read(TOKENIZER, self.manifest.tokenizer_sha256)
+            content = self._files.read(TOKENIZER, self.manifest.tokenizer_sha256, _TOKENIZER_BYTES)
         except OSError as error:
             raise ValueError(f"{where} cannot be read ({error}); restore it") from error
         tokenizer = read_tokenizer(content, where)
@@ -117,6 +127,8 @@ class Shards:
         table, row = self._row(document)
         if table.state[row] == _UNKNOWN:
             fault = self._find_fault(document)
+            if fault and self._files.discard(table.shard):
+                fault = self._find_fault(document)
             with self._lock:
                 if table.state[row] == _UNKNOWN and fault and fault not in self._damage:
                     self._damage.append(fault)
@@ -195,15 +207,17 @@ class Corpus(Shards):
         self._tables = tables
 
     @classmethod
-    def open(cls, folder: str | Path, on_damage: OnDamage = "stop") -> Corpus:
-        """Return the corpus in `folder` (the one that holds manifest.json).
+    def open(
+        cls, folder: str | Path, on_damage: OnDamage = "stop", remote: Remote | None = None
+    ) -> Corpus:
+        """Return the corpus in `folder` (the one that holds manifest.json), or behind such a URL.
 
         Raises ValueError naming file, value and remedy for a missing, foreign, resized or
         mixed-up file; with on_damage="skip" such a shard is listed in `damage` instead.
         """
         if on_damage not in ("stop", "skip"):
             raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
-        files = LocalFiles(Path(folder))
+        files = open_files(folder, remote)
         manifest = files.manifest()
         damage = [foreign(files.shown(name)) for name in files.unlisted(manifest)]
         files.fetch_indices(manifest)
@@ -247,7 +261,7 @@ def read_index(files: Files, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]
     path = files.shown(name)
     remedy = "restore it, set data.on_damage=skip, or run `longhaul prepare --force`"
     try:
-        content = files.read(name, shard.index_sha256)
+        content = files.read(name, shard.index_sha256, index_bytes(shard))
     except OSError as error:
         raise ValueError(f"{path} is missing ({error.strerror or error}); {remedy}") from error
     found = hashlib.sha256(content).hexdigest()

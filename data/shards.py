@@ -74,6 +74,11 @@ class Shard:
     index_sha256: str
 
 
+def index_bytes(shard: Shard) -> int:
+    """Return about how large a shard's index is: the head that numpy writes, and its rows."""
+    return 128 + shard.documents * INDEX_DTYPE.itemsize
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a folder of shards holds, and which tokenizer made it."""

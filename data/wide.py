@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import Files, LocalFiles
+from data.files import Files
 from data.index import OnDamage, Shards, Table, foreign, read_index
 from data.passes import Int64Array, count_segments
+from data.remote import Remote, open_files
 from data.shards import Manifest, Shard
 
 # Tables used last stay, whoever holds them: readers come back to a document segment by segment.
@@ -41,9 +42,11 @@ class WideCorpus(Shards):
         self._reading = threading.Lock()
 
     @classmethod
-    def open(cls, folder: str | Path, on_damage: OnDamage = "stop") -> WideCorpus:
+    def open(
+        cls, folder: str | Path, on_damage: OnDamage = "stop", remote: Remote | None = None
+    ) -> WideCorpus:
         """Return the corpus in `folder`; ValueError where there is no good manifest."""
-        files = LocalFiles(Path(folder))
+        files = open_files(folder, remote)
         manifest = files.manifest()
         if not manifest.documents:
             raise ValueError(f"{folder} holds no document; run `longhaul prepare` first")

@@ -13,6 +13,7 @@ from data.counts import counts_file, read_counts, write_counts
 from data.index import Corpus
 from data.mixture import Component, Mixture, Share, plan
 from data.passes import Int64Array
+from data.remote import Remote
 from data.streams import Streams
 from data.wide import WideCorpus
 from train.config import Config, ConfigError
@@ -69,7 +70,9 @@ class Course(NamedTuple):
         return lines
 
 
-def open_training(config: Config, problems: list[tuple[str, str]]) -> Training | None:
+def open_training(
+    config: Config, problems: list[tuple[str, str]], remote: Remote | None = None
+) -> Training | None:
     """Return the corpora of data.train, none of which waits for another; None with a problem."""
     opener = Corpus if config.data.shuffle_shards is None else WideCorpus
     several = not isinstance(config.data.train, Path)
@@ -77,11 +80,11 @@ def open_training(config: Config, problems: list[tuple[str, str]]) -> Training |
     before = len(problems)
     for number, part in enumerate(config.corpora):
         try:
-            corpus = opener.open(part.path, on_damage=config.data.on_damage)
+            corpus = opener.open(part.path, config.data.on_damage, remote)
         except (ValueError, OSError) as error:
             problems.append((f"data.train[{number}].path" if several else "data.train", str(error)))
         else:
-            found.append(Component(str(part.path), corpus, part.weight))
+            found.append(Component(part.name, corpus, part.weight))
     if len(problems) > before:
         return None
     if not several:
@@ -119,7 +122,7 @@ def epoch_problems(config: Config, course: Course) -> list[tuple[str, str]]:
     steps, per_epoch = config.train.steps, course.streams.steps_per_epoch
     problems = []
     for number, part in enumerate(config.corpora):
-        share, limit = shares[str(part.path)], part.max_epochs
+        share, limit = shares[part.name], part.max_epochs
         reads = share.most_reads(-(-steps // per_epoch))
         if limit is None or reads <= limit:
             continue
@@ -127,7 +130,7 @@ def epoch_problems(config: Config, course: Course) -> list[tuple[str, str]]:
         problems.append(
             (
                 f"data.train[{number}].max_epochs",
-                f"{limit}, but documents of {part.path} would be read up to {reads} times in"
+                f"{limit}, but documents of {part.name} would be read up to {reads} times in"
                 f" train.steps = {steps:,} ({steps / per_epoch:.3g} epochs of the mixture of"
                 f" {per_epoch:,} steps, each with {share.of_corpus:.3g} of this corpus); lower its"
                 f" weight, use at most {fewer:,} steps, or raise max_epochs to {reads}",

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.index import Corpus
+from data.remote import Remote
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
 from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
+from train.remote import open_remote
 
 FIXED = (
     "model",
@@ -47,6 +49,13 @@ class Inputs(NamedTuple):
 
     train: Training
     valid: Corpus | None
+    remote: Remote | None = None  # what URLs are read with
+
+    def metrics(self) -> dict[str, float]:
+        """Return what this rank fetched from URLs since it began, retries among it."""
+        if self.remote is None:
+            return {}
+        return {f"fetch/{name}": value for name, value in self.remote.cache.traffic().items()}
 
 
 def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inputs:
@@ -64,10 +73,11 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
                 " `longhaul generate --set granularity=tokens`",
             )
         )
-    train = open_training(config, problems)
+    remote = _open_remote(config, problems)
+    train = open_training(config, problems, remote)
     valid = None
     if config.data.valid is not None:
-        valid = _open(config, config.data.valid, "data.valid", problems)
+        valid = _open(config, config.data.valid, "data.valid", problems, remote)
     if train is not None:
         problems += _tokenizer_problems(config, train, valid)
         if not needs_counts(config):
@@ -87,7 +97,7 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
-    return Inputs(train, valid)
+    return Inputs(train, valid, remote)
 
 
 def chooses_by_later_tokens(config: Config) -> bool:
@@ -99,14 +109,26 @@ def chooses_by_later_tokens(config: Config) -> bool:
 
 
 def _named(config: Config) -> str:
-    return " + ".join(str(part.path) for part in config.corpora)
+    return " + ".join(part.name for part in config.corpora)
+
+
+def _open_remote(config: Config, problems: list[tuple[str, str]]) -> Remote | None:
+    try:
+        return open_remote(config)
+    except ValueError as error:
+        problems.append(("data.cache_dir", str(error)))
+        return None
 
 
 def _open(
-    config: Config, folder: Path, field: str, problems: list[tuple[str, str]]
+    config: Config,
+    folder: Path,
+    field: str,
+    problems: list[tuple[str, str]],
+    remote: Remote | None,
 ) -> Corpus | None:
     try:
-        return Corpus.open(folder, on_damage=config.data.on_damage)
+        return Corpus.open(folder, config.data.on_damage, remote)
     except (ValueError, OSError) as error:
         problems.append((field, str(error)))
         return None
@@ -131,7 +153,7 @@ def _tokenizer_problems(
         problems.append(
             (
                 "data.valid",
-                f"{config.data.valid} was made with another tokenizer than {_named(config)};"
+                f"{valid.folder} was made with another tokenizer than {_named(config)};"
                 " prepare both with the same one",
             )
         )

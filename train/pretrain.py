@@ -23,6 +23,7 @@ from train.corpora import Course, start_course
 from train.describe import describe_run
 from train.held_out import HeldOut, count_parameters
 from train.inputs import Inputs, open_inputs
+from train.ledger import open_ledger
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.progress import Progress, Status
@@ -86,6 +87,10 @@ class Pretraining:
         config = self.config
         with contextlib.ExitStack() as stack:
             state = self.folder.resume(self._say)
+            position = state.step * config.train.batch_size
+            data = self.inputs.train.fingerprint
+            self.folder.ledger = open_ledger(config, self.mesh, position, data)
+            stack.callback(self.folder.ledger.close)
             self.progress = stack.enter_context(
                 Progress(
                     config.train.steps,
@@ -128,7 +133,9 @@ class Pretraining:
             )
         ) as batches:
             began = time.perf_counter()
-            read = ([reading.prepare(batch) for batch in step] for step in batches)
+            read = self.folder.ledger.recording(
+                [reading.prepare(batch) for batch in step] for step in batches
+            )
             for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
                 self._record(state, result, now - began)
@@ -163,6 +170,7 @@ class Pretraining:
         if due:
             metrics = {name: value for name, value in row.items() if name not in ("step", "time")}
             metrics |= memory_norms(state) | self.course.metrics(state.step)
+            metrics |= self.inputs.metrics()
             self.tracker.metrics(metrics, state.step)
         self.progress.update(
             state.step,

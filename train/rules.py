@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from data.files import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
 from train.memories import IN_TURN, Memory, find_memory
 from train.memory_rules import MEMORY_RULES
@@ -237,6 +238,20 @@ def _decay_steps(
     )
 
 
+def _cache_dir(
+    cache_dir: Path | None, train: Path | tuple[CorpusShare, ...], valid: Path | None
+) -> str | None:
+    folders = [train] if isinstance(train, Path) else [part.path for part in train]
+    folders += [valid] if valid else []
+    urls = [url for folder in folders if (url := url_of(folder))]
+    if not urls or cache_dir is not None:
+        return None
+    return (
+        f"missing, and {shown_url(urls[0])} is a URL; name a folder on a disk of the node, such as"
+        " /tmp/longhaul-cache"
+    )
+
+
 def _eval_every(eval_every: int | None, valid: object) -> str | None:
     if eval_every is None or valid is not None:
         return None
@@ -278,6 +293,7 @@ RULES: tuple[Rule, ...] = (
         ("train.decay_steps", "train.schedule", _STEPS, _WARMUP),
         _decay_steps,
     ),
+    Rule("data.cache_dir", ("data.cache_dir", "data.train", "data.valid"), _cache_dir),
     Rule("train.eval_every", ("train.eval_every", "data.valid"), _eval_every),
     Rule("checkpoint.keep_every", ("checkpoint.keep_every", "checkpoint.every"), _keep_every),
 )
