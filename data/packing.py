@@ -6,8 +6,8 @@ start and is carried on by the memory, one that begins inside a segment ends ins
 segment of several documents is the last of the one it began with. Attention keeps them apart
 (model.packed), so it means nothing to a document which others it shares a segment with.
 
-Hence packs need no randomness of their own: they are made once, of the corpus's order, and the
-streams of a run are the streams of packs: each epoch permutes them.
+Hence packs need no randomness of their own: they are made once, of the corpus's order. A run's
+order is that of the documents that packs begin with; those behind have no segment of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.streams import Int64Array, Run, Segment, Streams
+from data.order import Order, Part
+from data.passes import Everything, Int64Array, count_segments
+from data.streams import Run, Segment, Streams
 
 NEIGHBOURS = 1024
 """Documents that are packed with one another: few, so that a pack is read from one or two shards.
@@ -87,6 +89,41 @@ def _pack_some(lengths: Int64Array, segment_len: int) -> Int64Array:
     return first_of.ravel()[: len(lengths)]
 
 
+class PackedSource(Everything):
+    """A corpus as one block of packs: documents behind others have no tokens of their own in it."""
+
+    def __init__(self, lengths: Int64Array, segment_len: int) -> None:
+        super().__init__(lengths, segment_len)
+        self.whole, self._segment_len = self.lengths, segment_len
+        self._packs = pack(self.whole, segment_len)
+        self.lengths = np.zeros_like(self.whole)
+        self.lengths[self._packs.first] = self.whole[self._packs.first]
+        self.segments = np.array([count_segments(self.lengths, segment_len).sum()])
+
+    def length(self, document: int) -> int:
+        """Return the tokens of a document, wherever it lies."""
+        return int(self.whole[document])
+
+    def behind(self, document: int) -> Int64Array:
+        """Return the documents behind one that begins a pack."""
+        return self._packs.others(int(np.searchsorted(self._packs.first, document)))
+
+    def keys_per_token(self, window: int) -> float:
+        """Return how many keys of its own and `window` earlier segments a token reads on average.
+
+        Over the whole corpus, padding as tokens that read nothing.
+        """
+        size = self._segment_len
+        earlier = count_segments(self.whole, size) - 1  # full segments, before the last one
+        tail = self.whole - earlier * size
+        own = earlier * (size * (size + 1) // 2) + tail * (tail + 1) // 2
+        # The k-th full segment has k before it, of which the window keeps some.
+        ramp = np.minimum(earlier, window + 1)
+        full = ramp * (ramp - 1) // 2 + (earlier - ramp) * window
+        past = full * size * size + tail * size * np.minimum(earlier, window)
+        return float((own + past).sum()) / (int(self.segments[0]) * size)
+
+
 class PackedStreams(Streams):
     """The order of a run over packs: `sample(position)` as of Streams.
 
@@ -98,51 +135,39 @@ class PackedStreams(Streams):
     def __init__(
         self, lengths: Int64Array, *, seed: int, lanes: int, segment_len: int, segments: int
     ) -> None:
-        super().__init__(
-            lengths, seed=seed, lanes=lanes, segment_len=segment_len, segments=segments
-        )
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self._packs = pack(self.lengths, segment_len)
-        self._streams = Streams(
-            self.lengths[self._packs.first],
-            seed=seed,
-            lanes=lanes,
-            segment_len=segment_len,
-            segments=segments,
-        )
-        self.total_segments = self._streams.total_segments
-        self.steps_per_epoch = self._streams.steps_per_epoch
+        source = PackedSource(lengths, segment_len)
+        part = Part(source, int(source.segments.sum()))
+        order = Order([part], seed=seed, segment_len=segment_len)
+        self._begin(order, lanes, segments, longest=int(source.whole.max()))
 
     def sample(self, position: int) -> list[Segment | None]:
         """Return the N segments of this sample; None is an empty (padding) segment."""
         return [
-            None if segment is None else self._of_documents(segment)
-            for segment in self._streams.sample(position)
+            None if segment is None else self._with_others(segment)
+            for segment in super().sample(position)
         ]
+
+    def _with_others(self, segment: Segment) -> Segment:
+        """Return a segment with the documents behind its first one, where that ends in it."""
+        part, number = self.order.locate(segment.document)
+        source = self.order.parts[part].source
+        assert isinstance(source, PackedSource)
+        if segment.stop < source.length(number):
+            return segment
+        first = segment.document - number  # of the part's documents, in a mixture
+        others = source.behind(number)
+        behind = zip(others.tolist(), source.whole[others].tolist(), strict=True)
+        return segment._replace(
+            behind=tuple(Run(first + other, 0, length) for other, length in behind)
+        )
 
     def keys_per_token(self, window: int) -> float:
         """Return how many keys of its own and `window` earlier segments a token reads on average.
 
-        Over an epoch, padding as tokens that read nothing.
+        Over all epochs; see PackedSource.keys_per_token.
         """
-        size = self.segment_len
-        earlier = -(-self.lengths // size) - 1  # full segments of each document, before its last
-        tail = self.lengths - earlier * size
-        own = earlier * (size * (size + 1) // 2) + tail * (tail + 1) // 2
-        # The k-th full segment has k before it, of which the window keeps some.
-        ramp = np.minimum(earlier, window + 1)
-        full = ramp * (ramp - 1) // 2 + (earlier - ramp) * window
-        past = full * size * size + tail * size * np.minimum(earlier, window)
-        return float((own + past).sum()) / (self.total_segments * size)
-
-    def _of_documents(self, segment: Segment) -> Segment:
-        """Return a pack's segment as its documents'."""
-        number = segment.document
-        document = int(self._packs.first[number])
-        if segment.stop < self.lengths[document]:
-            return segment._replace(document=document)
-        others = self._packs.others(number)
-        behind = zip(others.tolist(), self.lengths[others].tolist(), strict=True)
-        return segment._replace(
-            document=document, behind=tuple(Run(other, 0, length) for other, length in behind)
-        )
+        total = 0.0
+        for part in self.order.parts:
+            assert isinstance(part.source, PackedSource)
+            total += part.quota * part.source.keys_per_token(window)
+        return total / self.total_segments

@@ -9,7 +9,6 @@ import shlex
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,11 @@ from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
 from train.config import Config, dump
+from train.corpora import Course, start_course
 from train.describe import describe_run
 from train.held_out import HeldOut, count_parameters
 from train.inputs import Inputs, open_inputs
+from train.ledger import open_ledger
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.progress import Progress, Status
@@ -52,10 +53,11 @@ def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
     start_processes(timeout)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
     torch.manual_seed(config.seed)
-    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    course = start_course(config, inputs.train)
+    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     model_config = to_model_config(config, vocab_size)
     built = build(config, model_config, mesh)
-    code = Pretraining(config, inputs, built, mesh, stop).run()
+    code = Pretraining(config, inputs, course, built, mesh, stop).run()
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
     # and hide the error until the timeout.
     dist.destroy_process_group()
@@ -66,13 +68,23 @@ class Pretraining:
     """One attempt at a run: what its parts share while it lasts."""
 
     def __init__(
-        self, config: Config, inputs: Inputs, built: Built, mesh: Mesh, stop: StopRequest
+        self,
+        config: Config,
+        inputs: Inputs,
+        course: Course,
+        built: Built,
+        mesh: Mesh,
+        stop: StopRequest,
     ) -> None:
-        self.config, self.inputs, self.built = config, inputs, built
+        self.config, self.inputs, self.course, self.built = config, inputs, course, built
         self.mesh, self.stop, self.first = mesh, stop, mesh.rank == 0
         self.folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
         self.tokens_per_step = config.train.batch_size * config.data.sample_len
-        self.flops = training_flops_per_token(built.model.config, config.data.segment_len)
+        self.flops = training_flops_per_token(
+            built.model.config,
+            config.data.segment_len,
+            keys_per_token(course.streams, built.model.config.window),
+        )
         self.peak = peak_flops(mesh.device, config.train.precision)
         self.status: EndStatus = "FINISHED"
 
@@ -81,6 +93,10 @@ class Pretraining:
         config = self.config
         with contextlib.ExitStack() as stack:
             state = self.folder.resume(self._say)
+            position = state.step * config.train.batch_size
+            data = self.inputs.train.fingerprint
+            self.folder.ledger = open_ledger(config, self.mesh, position, data)
+            stack.callback(self.folder.ledger.close)
             self.progress = stack.enter_context(
                 Progress(
                     config.train.steps,
@@ -110,22 +126,10 @@ class Pretraining:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
         reading = choose_reading(config, self.built.model.config.vocab_size)
-        order = PackedStreams if config.data.packing else Streams
-        streams = order(
-            self.inputs.train.lengths,
-            seed=config.seed,
-            lanes=config.train.batch_size,
-            segment_len=reading.segment_len,
-            segments=config.num_segments,
-        )
-        if isinstance(streams, PackedStreams):
-            model = self.built.model.config
-            keys = streams.keys_per_token(model.window)
-            self.flops = training_flops_per_token(model, config.data.segment_len, keys)
         with contextlib.closing(
             load(
                 self.inputs.train,
-                streams,
+                self.course.streams,
                 position=state.step * config.train.batch_size,
                 dp_rank=self.mesh.dp_rank,
                 dp_size=self.mesh.dp,
@@ -135,7 +139,9 @@ class Pretraining:
             )
         ) as batches:
             began = time.perf_counter()
-            read = ([reading.prepare(batch) for batch in step] for step in batches)
+            read = self.folder.ledger.recording(
+                [reading.prepare(batch) for batch in step] for step in batches
+            )
             for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
                 self._record(state, result, now - began)
@@ -169,7 +175,9 @@ class Pretraining:
         due = state.step % self.config.train.log_every == 0 or state.step == 1
         if due:
             metrics = {name: value for name, value in row.items() if name not in ("step", "time")}
-            self.tracker.metrics(metrics | memory_norms(state), state.step)
+            metrics |= memory_norms(state) | self.course.metrics(state.step)
+            metrics |= self.inputs.metrics()
+            self.tracker.metrics(metrics, state.step)
         self.progress.update(
             state.step,
             Status(result.loss, result.grad_norm, result.lr, tokens_per_s, used, self._held()),
@@ -276,11 +284,13 @@ class Pretraining:
             f" | {parameters / 1e6:.2f}M parameters a TP rank"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )
+        for line in self.course.describe(config.train.steps):
+            self.progress.say(line)
         describe_run(
             self.tracker,
             self.folder.path,
             dump(config),
-            Path(config.data.train) / "manifest.json",
+            self.inputs.train.describe(),
         )
         self.tracker.params(config.model_dump(mode="json"))
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})
@@ -294,6 +304,11 @@ class Pretraining:
             f"{config.name}: memory {config.model.memory.name}, TP {mesh.tp}{scattered} x CP"
             f" {mesh.cp} x DP {mesh.dp}, ZeRO {parallel.zero}, {config.train.precision}"
         )
+
+
+def keys_per_token(streams: Streams, window: int) -> float | None:
+    """Return the mean of keys read by attention where segments are packed; None: whole segments."""
+    return streams.keys_per_token(window) if isinstance(streams, PackedStreams) else None
 
 
 def memory_norms(state: TrainState) -> dict[str, float]:

@@ -3,6 +3,7 @@
 config.yaml      resolved configuration        log.jsonl   one row a step
 checkpoints/     sharded, verified             tracking/   MLflow's spool and embedded store
 summary.png      the end of the run            DONE        written when all steps are done
+ledger/          which samples were consumed
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
 from train import checkpoint, snapshot
 from train.build import Built
@@ -29,6 +31,7 @@ class RunFolder:
         self.config, self.built, self.mesh, self.data = config, built, mesh, data
         self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
         self.saved_at: int | None = None
+        self.ledger: Ledger | NoLedger = NoLedger()
 
     def resume(self, say: Callable[[str], None]) -> TrainState:
         """Return the state of the newest good checkpoint, put back; without one a new state."""
@@ -53,6 +56,7 @@ class RunFolder:
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of every rank's share, then delete the ones no longer kept."""
+        checkpoint._together(self.ledger.sync)
         tensors = snapshot.collect(self.built, self.mesh, state)
         path = checkpoint.save(
             self.checkpoints,

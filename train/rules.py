@@ -7,13 +7,16 @@ nearest values that work.
 
 import itertools
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
+from data.files import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
 from train.memories import IN_TURN, Memory, find_memory
 from train.memory_rules import MEMORY_RULES
 from train.remedies import Rule, nearest, nearest_divisors, nearest_multiples, not_multiple
-from train.sections import CurriculumStage
+from train.sections import CorpusShare, CurriculumStage
 
 
 def broken_rules(values: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -127,6 +130,34 @@ def _packing(packing: bool, memory: Memory) -> str | None:
     )
 
 
+def _packed_shards(packing: bool, shuffle_shards: int | None) -> str | None:
+    if not packing or shuffle_shards is None:
+        return None
+    return (
+        f"true, but data.shuffle_shards = {shuffle_shards} reads the index shard by shard, and"
+        " packs are made of a whole one; set data.packing=false, or leave shuffle_shards out"
+    )
+
+
+# corpora
+
+
+def _corpora(train: Path | tuple[CorpusShare, ...]) -> str | None:
+    if isinstance(train, Path):
+        return None
+    if not train:
+        return "[] names no corpus; give a folder, or a list such as [{path: books, weight: 1}]"
+    seen: dict[Path, int] = {}
+    for number, part in enumerate(train):
+        before = seen.setdefault(Path(os.path.normpath(part.path)), number)
+        if before != number:
+            return (
+                f"{part.path} is both [{before}] and [{number}]; name it once, with weight"
+                f" {train[before].weight + part.weight:g}"
+            )
+    return None
+
+
 # ranks and rows
 
 
@@ -231,6 +262,20 @@ def _decay_steps(
     )
 
 
+def _cache_dir(
+    cache_dir: Path | None, train: Path | tuple[CorpusShare, ...], valid: Path | None
+) -> str | None:
+    folders = [train] if isinstance(train, Path) else [part.path for part in train]
+    folders += [valid] if valid else []
+    urls = [url for folder in folders if (url := url_of(folder))]
+    if not urls or cache_dir is not None:
+        return None
+    return (
+        f"missing, and {shown_url(urls[0])} is a URL; name a folder on a disk of the node, such as"
+        " /tmp/longhaul-cache"
+    )
+
+
 def _eval_every(eval_every: int | None, valid: object) -> str | None:
     if eval_every is None or valid is not None:
         return None
@@ -260,6 +305,8 @@ RULES: tuple[Rule, ...] = (
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
     Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),
     Rule("data.packing", ("data.packing", "model.memory"), _packing),
+    Rule("data.packing", ("data.packing", "data.shuffle_shards"), _packed_shards),
+    Rule("data.train", ("data.train",), _corpora),
     Rule(_BPTT, (_BPTT, _SAMPLE, _SEGMENT), _bptt_len),
     Rule("parallel", (_TP, _CP, "world_size"), _world_size),
     Rule(_SP, (_SP, _TP, _CP, _MICRO, _BPTT, _SAMPLE, _SEGMENT, "model.memory"), _sharded_rows),
@@ -272,6 +319,7 @@ RULES: tuple[Rule, ...] = (
         ("train.decay_steps", "train.schedule", _STEPS, _WARMUP),
         _decay_steps,
     ),
+    Rule("data.cache_dir", ("data.cache_dir", "data.train", "data.valid"), _cache_dir),
     Rule("train.eval_every", ("train.eval_every", "data.valid"), _eval_every),
     Rule("checkpoint.keep_every", ("checkpoint.keep_every", "checkpoint.every"), _keep_every),
 )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data import packing
 from data.index import Corpus
 from data.loader import assemble, load
+from data.mixture import Component, Mixture, plan
 from data.packing import PackedStreams, pack
 from data.streams import IGNORE, Batch, Run, Segment, Streams
 from tests.data.corpora import END, open_numbers, write_numbers
@@ -141,12 +142,12 @@ def test_packing_never_needs_more_segments(shape: dict[str, Any]) -> None:
 @given(shapes, st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
 def test_keys_per_token_are_those_counted_one_by_one(shape: dict[str, Any], window: int) -> None:
-    streams, size, keys = build(shape), shape["segment_len"], 0
+    size, keys, streams = shape["segment_len"], 0, build(shape)
+    assert isinstance(streams, PackedStreams)
     for length in shape["lengths"]:
         for place in range(length):
             number, within = divmod(place, size)
             keys += within + 1 + size * min(number, window)
-    assert isinstance(streams, PackedStreams)
     mean = keys / (streams.total_segments * size)
     assert streams.keys_per_token(window) == pytest.approx(mean, rel=1e-12)
 
@@ -162,6 +163,28 @@ def test_epochs_permute_the_packs() -> None:
     streams = build({"lengths": [3] * 90, "seed": 0, "lanes": 1, "segment_len": 8, "segments": 90})
     first, second = ([run for s in streams.sample(i) if s for run in runs_of(s)] for i in (0, 1))
     assert first != second and sorted(first) == sorted(second)
+
+
+def test_a_mixture_reads_each_corpus_as_packed_by_itself(tmp_path: Path) -> None:
+    lengths = ([4, 3, 9, 5, 2, 21, 6], [7, 1, 30, 2, 2, 8, 8, 3])
+    corpora = [open_numbers(tmp_path / str(i), part) for i, part in enumerate(lengths)]
+    mixture = Mixture([Component(str(i), corpus, 1.0) for i, corpus in enumerate(corpora)])
+    order, _ = plan(mixture, None, seed=3, segment_len=10, shuffle_shards=None, packing=True)
+    streams = PackedStreams.over(order, lanes=2, segments=2)
+    read: Counter[tuple[int, int]] = Counter()
+    epochs = 6
+    for position in range(epochs * streams.steps_per_epoch * 2):
+        for segment in filter(None, streams.sample(position)):
+            for run in runs_of(segment):
+                assert run.stop <= mixture.length(run.document)
+                read.update((run.document, i) for i in range(run.start, run.stop))
+    total = sum(sum(part) for part in lengths)
+    assert len(read) == total == sum(map(mixture.length, range(mixture.documents)))
+    # The corpus that ends the epoch is read once in each, the other by its share.
+    assert max(read.values()) == epochs
+    for segment in filter(None, (s for p in range(8) for s in streams.sample(p))):
+        corpus = mixture._find(segment.document)[0]
+        assert all(mixture._find(run.document)[0] is corpus for run in segment.behind)
 
 
 LENGTHS = [17, 1, 40, 3, 9, 26, 2, 33, 12, 8, 51, 5, 7, 7, 1, 1, 14]

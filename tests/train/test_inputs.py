@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_number_of_ranks(run: Path, shards: Shards) -> N
 def test_a_checkpoint_of_other_data(run: Path, tmp_path: Path) -> None:
     other = prepare_shards(tmp_path, seed=1)
     line = one_line(tiny(run, other), world_size=2)
-    assert_says(line, "data.train: ", other.train, "is not the corpus", run, "or another name")
+    assert_says(line, "data.train: ", other.train, "is not what run", run, "or another name")
 
 
 FREELY = {

@@ -11,6 +11,7 @@ from tests.train.attempts import read_rows
 from tests.train.test_every_memory import FOUR, MEMORIES, ONE, begin, live
 from tests.train.tiny import SEGMENT, Shards, build_tiny, prepare_shards, read_steps, tiny
 from train.config import validate
+from train.corpora import start_course
 from train.metrics import training_flops_per_token
 from train.pretrain import Pretraining
 from train.signals import StopRequest
@@ -74,7 +75,8 @@ def pretraining_flops(raw: dict[str, Any]) -> tuple[float, float, float]:
     built, mesh, inputs = build_tiny(config)
     streams = PackedStreams(inputs.train.lengths, seed=0, lanes=4, segment_len=SEGMENT, segments=4)
     model = built.model.config
-    run = Pretraining(config, inputs, built, mesh, StopRequest())
+    course = start_course(config, inputs.train)
+    run = Pretraining(config, inputs, course, built, mesh, StopRequest())
     assert run.run() == 0
     packed, whole = (
         training_flops_per_token(model, SEGMENT, keys)

@@ -61,6 +61,12 @@ FAM = {"name": "fam", "slots": 64}
             " infini, abc or cmab",
         ),
         (
+            {"data__packing": True, "data__shuffle_shards": 4},
+            None,
+            "data.packing: true, but data.shuffle_shards = 4 reads the index shard by shard, and"
+            " packs are made of a whole one; set data.packing=false, or leave shuffle_shards out",
+        ),
+        (
             {"data__packing": True, "model__memory": {"name": "landmark", "block": 16}},
             None,
             "data.packing: true, but landmark reads whole segments: documents would have to begin"
