@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.order import Int64Array
+from data.passes import Int64Array
 from data.shards import write_atomically
 from data.wide import WideCorpus
 

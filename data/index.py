@@ -35,6 +35,7 @@ OnDamage = Literal["stop", "skip"]
 _CRC_BYTES = 8 << 20
 _TOKENIZER_BYTES = 1 << 20  # about; large vocabularies have more
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
+_HEADERS = threading.Lock()
 
 
 class Table:
@@ -269,8 +270,22 @@ def read_index(files: Files, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]
             f"{path} is not the index of this shard: sha256 {found[:12]}, the manifest says"
             f" {shard.index_sha256[:12]}; {remedy}"
         )
-    index: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    index = _parse(content, shard.documents)
     ends = index["offset"].astype(np.int64) + index["length"].astype(np.int64) * dtype.itemsize
     assert index.dtype == INDEX_DTYPE and len(index) == shard.documents
     assert int(ends.max()) <= shard.bytes
     return index
+
+
+def _parse(content: bytes, documents: int) -> NDArray[Any]:
+    """Return the rows of an index file."""
+    # Not np.load at once: it reads the header with `ast`, which Python 3.11 cannot do in two
+    # threads at a time ("AST constructor recursion depth mismatch", seen with 3.11.7).
+    header = io.BytesIO()
+    fields = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (documents,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    if content.startswith(header.getvalue()):
+        return np.frombuffer(content, dtype=INDEX_DTYPE, offset=len(header.getvalue()))
+    with _HEADERS:  # as another numpy may write it
+        found: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    return found

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.index import Corpus, Shards
-from data.order import Everything, Int64Array, Order, Part, Source
+from data.order import Order, Part
+from data.passes import Everything, Int64Array, Source
 from data.shards import TokenArray
 from data.tokenizer import Tokenizer
 from data.wide import ShardSource, WideCorpus

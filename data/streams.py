@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from data.order import Int64Array, Order
+from data.order import Order
+from data.passes import Int64Array
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.files import Files
 from data.index import OnDamage, Shards, Table, foreign, read_index
-from data.order import Int64Array, count_segments
+from data.passes import Int64Array, count_segments
 from data.remote import Remote, open_files
 from data.shards import Manifest, Shard
 

@@ -1,5 +1,6 @@
 """Several corpora read as one, whole or shard by shard, on any layout."""
 
+import io
 import json
 from collections import Counter
 from fractions import Fraction
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.counts import counts_file, read_counts, write_counts
-from data.index import Corpus
+from data.index import Corpus, _parse
 from data.loader import load
 from data.mixture import Component, Mixture, Share, choose_quotas, plan
+from data.shards import INDEX_DTYPE
 from data.streams import IGNORE, Streams
 from data.wide import WideCorpus
 from tests.data.corpora import write_numbers
@@ -292,3 +294,22 @@ def test_counts_of_another_segment_len_or_corpus_are_not_believed(tmp_path: Path
     corpus, path = counted(tmp_path)
     assert read_counts(path, corpus, SEGMENT_LEN + 1) is None
     assert read_counts(path, WideCorpus.open(tmp_path / "b"), SEGMENT_LEN) is None
+
+
+def test_indices_are_read_without_what_two_threads_cannot_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # np.load parses a header with `ast`: once in some thousand times a SystemError, Python 3.11
+    a, _ = write_two(tmp_path)
+    monkeypatch.setattr(np, "load", None)
+    assert WideCorpus.open(a).scan(SEGMENT_LEN).sum() > 0
+
+
+def test_an_index_whose_header_another_numpy_wrote_is_read(tmp_path: Path) -> None:
+    write_numbers(tmp_path / "a", FIRST)
+    table = Corpus.open(tmp_path / "a").table(0)
+    rows = np.zeros(len(table.lengths), dtype=INDEX_DTYPE)
+    rows["length"] = table.lengths
+    content = io.BytesIO()
+    np.lib.format.write_array(content, rows, version=(2, 0))
+    assert _parse(content.getvalue(), len(rows))["length"].tolist() == table.lengths.tolist()

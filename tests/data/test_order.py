@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Everything, Order, Part, count_segments
+from data.order import Order, Part
+from data.passes import Everything, count_segments
 from data.streams import Segment, Streams
 
 SEGMENT_LEN = 4
