@@ -12,12 +12,8 @@ import torch.distributed as dist
 from data.counts import counts_file, read_counts, write_counts
 from data.index import Corpus
 from data.mixture import Component, Mixture, Share, plan
-<<<<<<< HEAD
-from data.order import Int64Array
-from data.remote import Remote
-=======
 from data.passes import Int64Array
->>>>>>> mix
+from data.remote import Remote
 from data.streams import Streams
 from data.wide import WideCorpus
 from train.config import Config, ConfigError

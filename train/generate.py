@@ -20,11 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-<<<<<<< HEAD
 from data.files import shown_folder
-from data.index import Corpus
-=======
->>>>>>> mix
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.wide import WideCorpus
 from model.compact import Compact, continue_from
@@ -108,11 +104,8 @@ def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokeniz
     if file is None:
         folder = config.data.valid or config.corpora[0].path
         try:
-<<<<<<< HEAD
-            words = Corpus.open(folder, remote=open_remote(config)).tokenizer()
-=======
-            words = WideCorpus.open(folder).tokenizer()  # its index is not needed
->>>>>>> mix
+            # wide: its index is not needed
+            words = WideCorpus.open(folder, remote=open_remote(config)).tokenizer()
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the run's tokenizer lies in its data, {shown_folder(folder)}, which cannot be"
