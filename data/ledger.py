@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -79,6 +80,7 @@ class Ledger:
         self._samples = header.samples
         self._dtype = record_dtype(header.samples)
         self._waiting = b""
+        self._lock = threading.Lock()  # a save syncs beside training
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def recording(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
@@ -100,16 +102,21 @@ class Ledger:
         record["first"] = batches[0].first_position
         record["hashes"] = [pair for batch in batches for pair in hash_samples(batch)]
         record["check"] = zlib.crc32(record.tobytes()[:-4])
-        self._waiting += record.tobytes()
-        try:
-            self._write()
-        except OSError:
-            pass  # sync, which no checkpoint goes without, raises it if it lasts
+        with self._lock:
+            self._waiting += record.tobytes()
+            try:
+                self._write()
+            except OSError:
+                pass  # sync, which no checkpoint goes without, raises it if it lasts
 
     def sync(self) -> None:
-        """Bring everything to disk; OSError where that fails. Before a checkpoint counts."""
+        """Bring everything to disk; OSError where that fails. Before a checkpoint counts.
+
+        Safe to call in another thread than the one that appends.
+        """
         try:
-            self._write()
+            with self._lock:
+                self._write()
             os.fsync(self._descriptor)
         except OSError as error:
             raise OSError(error.errno, f"{_COULD_NOT}: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import io
@@ -35,6 +36,10 @@ T = TypeVar("T")
 
 class FetchError(ValueError):
     """A URL that could not be read, however often: never taken for a damaged file."""
+
+
+class Missing(OSError):
+    """A file that is not there, as its server says."""
 
 
 class Patience(NamedTuple):
@@ -156,19 +161,29 @@ class RemoteFiles:
     def _patiently(self, name: str, action: Callable[[], T]) -> T:
         """Return what the action returns, tried again for as long as there is patience.
 
-        Raises FetchError after that; OSError where trying again would change nothing.
+        Raises FetchError after that, or where this node may not read or store it; Missing and
+        WrongBytes where that is what lies there.
         """
         began, wrong = time.monotonic(), 0
         attempts = self._patience.attempts
         for attempt in range(1, attempts + 1):
             try:
                 return action()
-            except (FileNotFoundError, PermissionError):
+            except Missing:
                 raise
-            except FetchError:
-                raise
+            except PermissionError as error:
+                raise FetchError(
+                    f"{self.shown(name)} may not be read here: {error}; see to it, and start the"
+                    " run again: it goes on from its newest checkpoint"
+                ) from error
             except (OSError, http.client.HTTPException) as error:
                 problem: Exception = error
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise FetchError(
+                        f"{self.shown(name)} cannot be kept: the disk of data.cache_dir ="
+                        f" {self._cache.folder} is full; lower data.cache_bytes ="
+                        f" {self._cache.limit_bytes}, or make room"
+                    ) from error
                 wrong += isinstance(error, WrongBytes)
                 if wrong == _WRONG_BYTES:
                     raise
@@ -240,7 +255,7 @@ def _refusal(error: urllib.error.HTTPError) -> OSError:
         after = error.headers.get("Retry-After", "")
         return Busy(said, float(after) if after.isdigit() else None)
     if error.code in (404, 410):
-        return FileNotFoundError(said)
+        return Missing(said)
     if error.code == 416:  # a longer piece is here than there: the file there is another one
         return WrongBytes(said)
     return PermissionError(said)
@@ -272,7 +287,9 @@ def _open_fsspec(url: str) -> Reader:
         try:
             file = system.open(address, "rb", cache_type="none")
             file.seek(start)
-        except (OSError, http.client.HTTPException):
+        except FileNotFoundError as error:
+            raise Missing(f"no such file: {error}") from error
+        except OSError:
             raise
         except Exception as error:  # each file system has errors of its own
             raise ConnectionError(f"{type(error).__name__}: {error}") from error

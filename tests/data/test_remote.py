@@ -1,3 +1,4 @@
+import errno
 import logging
 import multiprocessing
 import os
@@ -203,6 +204,29 @@ def test_an_outage_is_never_taken_for_damage(server: Server, tmp_path: Path) -> 
         corpus.intact(2)
     assert corpus.damage == ()
     assert corpus.intact(2)  # when it is over
+
+
+def test_a_refusal_is_an_error_at_once_and_no_damage(server: Server, tmp_path: Path) -> None:
+    corpus = Corpus.open(server.url, on_damage="skip", remote=remote(tmp_path))
+    server.fail(SHARD, "403")
+    with pytest.raises(FetchError, match=f"{SHARD} may not be read here: HTTP 403"):
+        corpus.intact(2)
+    assert corpus.damage == () and server.counts()[SHARD] == 1
+
+
+def test_a_full_disk_is_an_error_and_no_damage(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Corpus.open(server.url, on_damage="skip", remote=remote(tmp_path))
+
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(FetchError, match="the disk of data.cache_dir = .* is full; lower"):
+            corpus.intact(2)
+    assert corpus.intact(2)
 
 
 def test_a_missing_shard_is_damage_at_once(folder: Path, server: Server, tmp_path: Path) -> None:

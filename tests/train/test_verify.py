@@ -6,7 +6,7 @@ import pytest
 from data.index import Corpus
 from data.ledger import FOLDER, list_files
 from tests.data.ledgers import consume, corpus_in
-from tests.train.attempts import finish, forked, pretrain_holding
+from tests.train.attempts import finish, forked, losses, pretrain_holding
 from tests.train.runs import longhaul
 from tests.train.tiny import LANES, Shards, tiny
 from train.config import Config, validate
@@ -124,6 +124,34 @@ def test_a_killed_and_resumed_run_consumed_every_sample_once(
     assert f"{run}: 2 attempts, 32 samples up to step-00000008: each exactly once" in sentences(
         found
     )
+
+
+@pytest.mark.slow
+def test_4_2_3_and_6_ranks_consume_what_an_undisturbed_run_does(
+    tmp_path: Path, shards: Shards
+) -> None:
+    changes: dict[str, object] = {"train__steps": 16, "train__batch_size": 12}
+    whole = validate(tiny(tmp_path / "whole", shards, **changes))
+    finish(1, whole)
+    changes["checkpoint__every"] = 3
+    for size, workers, kill_at in ((4, 1, 5), (2, 2, 8), (3, 0, 11), (6, 1, None)):
+        config = validate(tiny(tmp_path / "run", shards, data__workers=workers, **changes))
+        if kill_at is None:
+            finish(size, config)
+        else:
+            run_and_kill(config, size, kill_at)
+    found = verify([config.run_dir, whole.run_dir])
+    assert found.good, sentences(found)
+    values = found.values["runs"][0]
+    assert [attempt["dp_size"] for attempt in values["attempts"]] == [4, 2, 3, 6]
+    assert values["redone"] >= 3 * 2 * 12 - 12 and values["samples"] == 16 * 12
+    assert "the same 192 samples in the same order" in sentences(found)
+    same = [
+        (mine[1], theirs[1])
+        for mine, theirs in zip(losses(config.run_dir), losses(whole.run_dir), strict=True)
+    ]
+    for mine, theirs in same:
+        assert mine == pytest.approx(theirs, rel=1e-5)  # sums over other numbers of ranks
 
 
 def test_tensor_and_context_peers_write_nothing(tmp_path: Path, shards: Shards) -> None:
