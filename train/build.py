@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.attention import Layout, Whole
+from model.attention import Layout
 from model.config import ComputeConfig, ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
@@ -16,7 +16,7 @@ from model.interfaces import Linears
 from model.local import FoldedSequence, LocalLinears
 from parallel.mesh import Mesh
 from parallel.ring import choose_exchange
-from parallel.slicing import choose_layout
+from parallel.slicing import layout_of
 from parallel.tensor import MegatronLinears, cut_of, sum_scattered_gradients
 from parallel.zero import ZeroEngine
 from train.config import Config
@@ -55,10 +55,9 @@ def to_compute_config(config: Config) -> ComputeConfig:
 def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
     """Return the model of this rank, its initial weights the same for every layout."""
     parallel = config.parallel
-    layout: Layout = Whole()
+    layout = layout_of(parallel.layout, mesh.cp)
     sequence = FoldedSequence()
     if mesh.cp > 1:
-        layout = choose_layout(parallel.layout, mesh.cp)
         sequence = FoldedSequence(layout, choose_exchange(parallel.attention, mesh.cp_group))
     linears: Linears = LocalLinears()
     if mesh.tp > 1:
