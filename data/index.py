@@ -204,6 +204,8 @@ class Corpus(Shards):
         super().__init__(files, manifest, [table.shard for table in tables], damage, on_damage)
         self.lengths: NDArray[np.int64] = np.concatenate([table.lengths for table in tables])
         self.lengths.setflags(write=False)
+        for number, table in enumerate(tables):
+            table.lengths = self.lengths[self._first[number] : self._first[number + 1]]
         self._tables = tables
 
     @classmethod

@@ -175,5 +175,7 @@ class Order:
             documents, counts = documents[order], counts[order]
             begins = {int(np.flatnonzero(order == at)[0]): begins[at] for at in begins}
         start = self._start(epoch, number)
+        ends = np.cumsum(counts)
+        ends += start
         held = [block for _, items in found for block in items.held]
-        return Window(start, documents, start + np.cumsum(counts), begins, held)
+        return Window(start, documents, ends, begins, held)

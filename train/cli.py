@@ -153,7 +153,7 @@ def pretrain(
 
     Everything is checked before any rank starts, and every problem is told at once. The run
     folder (run_dir, else runs/<name>) gets the resolved configuration, checkpoints and metrics.
-    The same command, on as many ranks, resumes: after a crash or a preemption.
+    The same command resumes, after a crash or a preemption, on as many ranks or on others.
 
     \b
     Examples:

@@ -79,7 +79,7 @@ def config_of(shards: Shards, train: object, **changes: object) -> Config:
             [{"path": "a", "max_epochs": 0}],
             "data.train[0].max_epochs: 0 is too small; the least is 1",
         ),
-        ([{"weight": 1}], "data.train[0].path: missing; folder of prepared training shards"),
+        ([{"weight": 1}], "data.train[0].path: missing; folder or URL of prepared training shards"),
         ([{"path": "a", "weigth": 1}], "data.train[0].weigth: unknown key; did you mean 'weight'?"),
         (["a"], "data.train[0]: expected keys below it, got 'a'"),
     ],
