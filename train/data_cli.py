@@ -20,7 +20,7 @@ def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     other: Annotated[
         Path | None,
-        typer.Argument(metavar="[OTHER]", help="Another to compare with.", show_default=False),
+        typer.Argument(metavar="OTHER", help="Another to compare with.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

@@ -81,7 +81,11 @@ def test_a_missing_field_is_told_with_what_it_is_for() -> None:
         ("trian", "trian: unknown key; did you mean 'train'?"),
         ("model__slots", "model.slots: unknown key; did you mean 'model.memory.slots'?"),
         ("model__block", "model.block: unknown key; did you mean 'model.memory.block'?"),
-        ("checkpoint__xyz", "checkpoint.xyz: unknown key; known here: every, keep, keep_every"),
+        (
+            "checkpoint__xyz",
+            "checkpoint.xyz: unknown key; known here: every, keep, keep_every, asynchronous,"
+            " max_failures",
+        ),
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest_known_one(key: str, line: str) -> None:
