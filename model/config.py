@@ -183,6 +183,20 @@ ALONE = {
 """Why these compose with a window only."""
 
 
+LORA_TARGETS = ("qkv", "output", "gate_up", "down")
+"""A block's linear maps, by the names that adapters ask for; see model.lora."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) beside frozen weights."""
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = LORA_TARGETS
+    train_also: tuple[str, ...] = ()  # norms, embeddings
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a Llama-style decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
@@ -199,6 +213,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     memory: MemoryConfig = field(default_factory=NoMemory)
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.attention import Layout, Whole
-from model.config import ComputeConfig, ModelConfig
+from model.config import ComputeConfig, LoraConfig, ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Linears
@@ -37,12 +37,13 @@ def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
     """
     section = config.model
-    known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim"}
+    known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim", "lora"}
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
         vocab_size=section.vocab_size or vocab_size,
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
         memory=to_memory_config(section.memory),
+        lora=None if section.lora is None else LoraConfig(**section.lora.model_dump()),
     )
 
 
@@ -90,13 +91,13 @@ def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW; matrices decay, norms and gains do not.
+    """Return AdamW of what is trained; matrices decay, norms and gains do not.
 
     A parameter with an `lr_scale` has a group of that scale, without decay; see ZeroEngine.step.
     """
     train = config.train
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         scale: float | None = getattr(parameter, "lr_scale", None)
         kind = (parameter.dim() > 1 and scale is None, 1.0 if scale is None else scale)
         groups.setdefault(kind, []).append(parameter)
