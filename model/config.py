@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 VOCAB_MULTIPLE = 64
 """The embedding is padded to a multiple of this, whatever the layout, so that every TP size that
@@ -183,8 +183,14 @@ ALONE = {
 """Why these compose with a window only."""
 
 
-LORA_TARGETS = ("qkv", "output", "gate_up", "down")
+LoraTarget = Literal["qkv", "output", "gate_up", "down"]
 """A block's linear maps, by the names that adapters ask for; see model.lora."""
+
+LoraAlso = Literal["norms", "embeddings"]
+"""What else may learn beside adapters."""
+
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+LORA_ALSO: tuple[LoraAlso, ...] = get_args(LoraAlso)
 
 
 @dataclass(frozen=True)
@@ -193,8 +199,8 @@ class LoraConfig:
 
     rank: int
     alpha: float = 16.0
-    targets: tuple[str, ...] = LORA_TARGETS
-    train_also: tuple[str, ...] = ()  # norms, embeddings
+    targets: tuple[LoraTarget, ...] = LORA_TARGETS
+    train_also: tuple[LoraAlso, ...] = ()
 
 
 @dataclass(frozen=True)

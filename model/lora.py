@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from model.config import AbcMemory, ComposedMemory, LoraConfig, ModelConfig
+from model.config import AbcMemory, ComposedMemory, LoraConfig, LoraTarget, ModelConfig
 from model.interfaces import Linears
 from model.layers import scattered, starts_at
 
@@ -29,7 +29,7 @@ class _Target(NamedTuple):
     stride: int = 1  # matrices stacked in it
 
 
-_TARGETS = {
+_TARGETS: dict[LoraTarget, _Target] = {
     "qkv": _Target("qkv.linear", columns=True),
     "output": _Target("output", columns=False),
     "gate_up": _Target("ffn.gate_up", columns=True, stride=2),
@@ -64,7 +64,7 @@ def _adapt(linear: nn.Module, target: _Target, lora: LoraConfig, linears: Linear
 def _whole(in_features: int, out_features: int) -> nn.Linear:
     """Return a map that every tensor-parallel rank holds whole and gives its own rows."""
     linear = nn.Linear(in_features, out_features, bias=False)
-    scattered(linear.weight)
+    linear.weight = scattered(nn.Parameter(linear.weight.detach()))
     return linear
 
 

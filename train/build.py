@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -37,7 +38,8 @@ def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
     """
     section = config.model
-    known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim", "lora"}
+    own = {"memory", "vocab_size", "head_dim", "lora"}
+    known = {field.name for field in fields(ModelConfig)} - own
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
         vocab_size=section.vocab_size or vocab_size,
@@ -53,8 +55,16 @@ def to_compute_config(config: Config) -> ComputeConfig:
     return ComputeConfig(train.checkpointing, train.loss_chunk, train.ffn_chunk)
 
 
-def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
-    """Return the model of this rank, its initial weights the same for every layout."""
+def build(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    fill: Callable[[Decoder], None] = lambda model: None,
+) -> Built:
+    """Return the model of this rank, its initial weights the same for every layout.
+
+    fill: called with the model before its engine takes it, to put in other weights.
+    """
     parallel = config.parallel
     layout: Layout = Whole()
     sequence = FoldedSequence()
@@ -77,6 +87,7 @@ def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
         shape=lambda parameter: cut_of(parameter).whole_shape(parameter.shape, mesh.tp),
         take=lambda parameter, whole: cut_of(parameter).take(whole, mesh.tp, mesh.tp_rank),
     )
+    fill(model)
     if mesh.tp > 1 and parallel.sequence_parallel:
         sum_scattered_gradients(model, mesh)
     engine = ZeroEngine(

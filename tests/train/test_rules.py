@@ -263,7 +263,8 @@ def _dotted(values: dict[str, Any], path: str = "") -> set[str]:
 def test_the_fields_that_rules_read_exist() -> None:
     known = {"world_size", "model.memory"}
     for name in MEMORY_CONFIGS:
-        values = validate(small(model__memory=name)).model_dump()
+        optional = {"model__init_from": "runs/base", "model__lora": {"rank": 4}}
+        values = validate(small(model__memory=name, **optional)).model_dump()
         memory = values["model"].pop("memory")
         known |= _dotted(values) | _dotted(memory, f"model.memory.{name}.")
     assert {path for rule in RULES for path in rule.needs} <= known
