@@ -30,11 +30,12 @@ from train.merged import MergedWeights
 
 FIELD = "model.init_from"
 
-FREE = {"vocab_size", "memory", "lora", "init_std", "norm_eps", "rope_base"}
-"""Of a model: what may differ from the checkpoint's, or (vocab_size) has a rule of its own."""
+OWN_RULES = ("vocab_size", "memory", "lora", "init_std")
+"""Of a model: what has a rule of its own, or no meaning after the start."""
 
-TOLD = ("norm_eps", "rope_base")
-"""Of these: what changes the meaning of the weights, so a difference is said."""
+TOLD = ("norm_eps", "rope_")
+"""Beginnings of what may differ, to read further than the checkpoint could; a difference is said,
+for the weights were trained with the other."""
 
 
 class Start(NamedTuple):
@@ -102,9 +103,8 @@ def _nothing_in(folder: Path) -> str:
 def _other_fields(config: Config, ours: ModelConfig, start: Start) -> list[tuple[str, str]]:
     """Return what of the model is another one, by its keys."""
     problems = []
-    for name in (field.name for field in fields(ModelConfig) if field.name not in FREE):
-        here, there = getattr(ours, name), getattr(start.model, name)
-        if here != there:
+    for name, here, there in _differences(ours, start.model):
+        if not name.startswith(TOLD):
             text = f"{here}, but {start.path} has {there}; set it to {there}"
             problems.append((f"model.{name}", text))
     here, there = ours.vocab_size, start.model.vocab_size
@@ -115,6 +115,13 @@ def _other_fields(config: Config, ours: ModelConfig, start: Start) -> list[tuple
             remedy += f"; if it was, set model.vocab_size={there}"
         problems.append(("model.vocab_size", f"{here}, but {start.path} has {there}; {remedy}"))
     return problems
+
+
+def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, object, object]]:
+    """Return (field, here, there) of what is not the same."""
+    names = [field.name for field in fields(ModelConfig) if field.name not in OWN_RULES]
+    found = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
+    return [(name, here, there) for name, here, there in found if here != there]
 
 
 def _other_shapes(ours: ModelConfig, start: Start) -> list[tuple[str, str]]:
@@ -190,9 +197,8 @@ def describe_start(start: Start, model: Decoder) -> str:
         parts.append("its adapters merged into them")
     parts += [f"begun from the seed: {_listed(new)}"] if new else []
     parts += [f"not used: {_listed(unused)}"] if unused else []
-    for name in TOLD:
-        was, now = getattr(start.model, name), getattr(model.config, name)
-        parts += [f"model.{name} {was:g} there, {now:g} here"] if was != now else []
+    for name, now, was in _differences(model.config, start.model):
+        parts.append(f"model.{name} was {was} there, is {now} here")
     return "; ".join(parts)
 
 

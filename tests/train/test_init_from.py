@@ -318,6 +318,11 @@ def test_a_memory_that_is_not_taken_along_is_named(
     assert "not used: blocks.*.mixer.parts.fam.carry.gain, memory.p" in finish(1, validate(raw))
 
 
+def test_another_rotary_base_is_told(tmp_path: Path, shards: Shards, base: Path) -> None:
+    raw = tuned(tmp_path / "run", shards, base, model__rope_base=40_000, train__steps=1)
+    assert "; model.rope_base was 10000.0 there, is 40000.0 here" in finish(1, validate(raw))
+
+
 def test_a_landmark_is_one_token_more(tmp_path: Path, shards: Shards, base: Path) -> None:
     memory = {"name": "landmark", "block": 8}
     inputs = open_inputs(
