@@ -270,6 +270,14 @@ def tuned_line(tmp_path: Path, shards: Shards, base: Path, **changes: object) ->
     return one_line(tuned(tmp_path / "run", shards, base, **changes))
 
 
+def test_adapters_without_weights(tmp_path: Path, shards: Shards, adapted: Path) -> None:
+    raw = tiny(tmp_path / "run", shards, model__lora={"rank": 4})
+    assert_says(one_line(raw), "model.lora: rank 4, but no model.init_from: ", "random numbers")
+    saved = tuned(adapted, shards, tmp_path, model__lora=LORA, parallel__tp=2)
+    del saved["model"]["init_from"]  # a run that has its weights needs none
+    assert open_inputs(validate(saved), world_size=2).start is None
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path, shards: Shards) -> None:
     line = tuned_line(tmp_path, shards, tmp_path / "nowhere")
     assert_says(line, "model.init_from: ", f"no folder {tmp_path}/nowhere", "run folder")
