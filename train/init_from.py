@@ -183,15 +183,15 @@ def verify_together(config: Config, start: Start) -> None:
 
 @torch.no_grad()
 def take_weights(model: nn.Module, start: Start, mesh: Mesh) -> None:
-    """Copy the checkpoint's weights into the model, this rank's part of each.
+    """Copy the checkpoint's weights into the model, this rank's part of each, one at a time.
 
-    Whole tensors exist one at a time, on the host. Call it before an engine takes the model.
+    Call it before an engine takes the model.
     """
     weights = MergedWeights(start.path, start.manifest)
     known = set(weights.names)
     for name, parameter in model.named_parameters():
         if name in known:
-            parameter.copy_(cut_of(parameter).take(weights[name], mesh.tp, mesh.tp_rank))
+            parameter.copy_(weights.part(name, cut_of(parameter), mesh.tp, mesh.tp_rank))
 
 
 def describe_start(start: Start, model: Decoder) -> str:
