@@ -129,7 +129,7 @@ def started_and_seeded(config: Config) -> list[tuple[Any, Any]]:
     """Return this rank's fragments with the checkpoint's weights, and with none."""
     plain, mesh, inputs = build_tiny(config)
     assert inputs.start is not None
-    model = to_model_config(config, inputs.train.manifest.vocab_size)
+    model = to_model_config(config, inputs.train.vocab_size)
     started = build_from(inputs.start, config, model, mesh)
     return list(zip(started.engine.fragments(), plain.engine.fragments(), strict=True))
 
