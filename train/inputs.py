@@ -15,6 +15,7 @@ from data.remote import Remote
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
 from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
+from train.init_from import Start, find_start
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
 from train.remote import open_remote
@@ -39,12 +40,17 @@ FREE = ("random_state_passing", "gate_lr", "search_from")
 """Of a memory, and so inside FIXED, but a matter of training only."""
 
 
+HISTORY = ("model.init_from",)
+"""What was read when the run began, and never again."""
+
+
 class Inputs(NamedTuple):
-    """The opened data."""
+    """The opened data, and the checkpoint that a new run starts from."""
 
     train: Training
     valid: Corpus | None
     remote: Remote | None = None  # what URLs are read with
+    start: Start | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return what this rank fetched from URLs since it began, retries among it."""
@@ -77,6 +83,7 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
         problems += _tokenizer_problems(config, train, valid)
         if not needs_counts(config):
             problems += epoch_problems(config, choose_course(config, train))
+    start: Start | None = None
     newest = None if fresh else newest_manifest(config.run_dir / "checkpoints")
     if newest is not None:
         problems += checkpoint_problems(config, newest)
@@ -89,10 +96,13 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
                     " documents; give those corpora, or another name or run_dir",
                 )
             )
+    elif train is not None:
+        needed = model_vocab_size(config, train.vocab_size)
+        start = find_start(config, needed, problems, fresh=fresh)
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
-    return Inputs(train, valid, remote)
+    return Inputs(train, valid, remote, start)
 
 
 def chooses_by_later_tokens(config: Config) -> bool:
@@ -177,7 +187,7 @@ def checkpoint_problems(config: Config, manifest: Manifest) -> list[tuple[str, s
     for name in sorted(saved.keys() | now.keys()):
         before, after = saved.get(name), now.get(name)
         free = name.startswith("model.memory.") and name.endswith(FREE)
-        if before == after or free:
+        if before == after or free or name in HISTORY:
             continue
         if any(name == field or name.startswith(field + ".") for field in FIXED):
             problems.append(

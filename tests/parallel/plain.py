@@ -18,6 +18,7 @@ from model.config import (
     HmtMemory,
     InfiniMemory,
     LandmarkMemory,
+    LoraConfig,
     MemoryConfig,
     ModelConfig,
     NoMemory,
@@ -27,6 +28,7 @@ from model.config import (
 )
 from model.decoder import Decoder
 from model.init import initialise
+from model.lora import B
 from model.loss import IGNORE
 from model.memory.base import detach
 
@@ -71,6 +73,7 @@ class Case:
     bf16: bool = False
     tied: bool = False
     packed: bool = False
+    lora: LoraConfig | None = None
 
     @property
     def tp(self) -> int:
@@ -111,6 +114,7 @@ def config_of(case: Case) -> ModelConfig:
     return ModelConfig(
         VOCAB, 2, 32, 4, 2, 48, 8,
         memory=memory, init_std=INIT_STD.get(case.memory, 0.2), tie_embeddings=case.tied,
+        lora=case.lora,
     )  # fmt: skip
 
 
@@ -160,23 +164,38 @@ def batches_of(case: Case) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor 
     return packed_batches() if case.packed else (batches(), None)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Return AdamW over two groups.
 
     Gradients have a root mean square of 4e-3 here and round at 1e-9. With torch's eps of 1e-8 those
     near 0 would move weights by the sign of their rounding, and later gradients differ by that.
     """
+    parameters = trained(model).values()
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-3)
+
+
+def unmark_adapters(model: nn.Module) -> None:
+    """Have `initialise` draw the adapters' second maps too: from 0 the first has no gradient."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(B):
+            del parameter.initial_value
 
 
 def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
     """Return three steps and the weights after them."""
     config = config_of(case)
     model = Decoder(config)
+    unmark_adapters(model)
     initialise(model, config, seed=0)
     optimizer, state, steps = make_optimizer(model), None, []
     given, documents = batches_of(case)
@@ -198,9 +217,9 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
             loss += output.loss.item()
             state = detach(output.state)
         # What only makes the state has no gradient where no window reads what another left.
-        for p in model.parameters():
+        for p in trained(model).values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in trained(model).items()}
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         for group in optimizer.param_groups:
             group["lr"] = lr
