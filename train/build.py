@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.attention import Layout, Whole
-from model.config import ComputeConfig, ModelConfig
+from model.config import ComputeConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Linears
@@ -37,9 +37,11 @@ def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
     """
     section = config.model
-    known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim"}
+    known = {field.name for field in fields(ModelConfig)}
+    known -= {"memory", "vocab_size", "head_dim", "rope_scaling"}
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
+        rope_scaling=RopeScaling(**section.rope_scaling.model_dump()),
         vocab_size=section.vocab_size or vocab_size,
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
         memory=to_memory_config(section.memory),

@@ -314,6 +314,14 @@ def describe_memory(memory: Named | MemoryList) -> str:
     return f"{memory.name} ({inside})" if keys else memory.name
 
 
+def window_of(memory: Named | MemoryList) -> int:
+    """Return how many previous segments' keys the tokens also attend."""
+    if isinstance(memory, MemoryList):
+        return max((window_of(part) for part in memory.root), default=0)
+    segments: int = getattr(memory, "segments", getattr(memory, "window", 0))
+    return segments
+
+
 def find_memory(memory: Named | MemoryList, name: str) -> Named | None:
     """Return the memory of that name, by itself or in a list; None where there is none."""
     parts = memory.root if isinstance(memory, MemoryList) else (memory,)

@@ -27,6 +27,7 @@ from model.config import (
 )
 from model.decoder import Decoder
 from model.init import initialise
+from model.layers import starts_at
 from model.loss import IGNORE
 from model.memory.base import detach
 
@@ -70,6 +71,7 @@ class Case:
     micro_batches: int = 1
     bf16: bool = False
     tied: bool = False
+    bias: bool = False
 
     @property
     def tp(self) -> int:
@@ -110,6 +112,7 @@ def config_of(case: Case) -> ModelConfig:
     return ModelConfig(
         VOCAB, 2, 32, 4, 2, 48, 8,
         memory=memory, init_std=INIT_STD.get(case.memory, 0.2), tie_embeddings=case.tied,
+        qkv_bias=case.bias,
     )  # fmt: skip
 
 
@@ -133,6 +136,13 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
+def biases_start_at_one(model: nn.Module) -> None:
+    """As norms do: of a bias that began at 0 all is way, and WEIGHTS counts the whole."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            starts_at(parameter, 1.0)
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Return AdamW over two groups.
 
@@ -150,6 +160,7 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
     """Return three steps and the weights after them."""
     config = config_of(case)
     model = Decoder(config)
+    biases_start_at_one(model)
     initialise(model, config, seed=0)
     optimizer, state, steps = make_optimizer(model), None, []
     for (tokens, starts, labels), lr in zip(batches(), LEARNING_RATES, strict=True):
