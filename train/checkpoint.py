@@ -86,10 +86,7 @@ def save(
 
     def commit() -> None:
         if rank == 0:
-            values = asdict(describe(files))
-            values["sha256"] = _values_hash(values)
-            _write(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
-            _sync(work)
+            seal(work, describe(files))
             if final.exists():  # the same step again, after going back to an older checkpoint
                 final.rename(work.with_suffix(".old"))
             work.rename(final)
@@ -98,6 +95,14 @@ def save(
 
     _together(commit)
     return final
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, hashed like the files that it names, into a folder that holds them."""
+    values = asdict(manifest)
+    values["sha256"] = _values_hash(values)
+    _write(folder / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
+    _sync(folder)
 
 
 def _point(folder: Path, checkpoint: Path) -> None:

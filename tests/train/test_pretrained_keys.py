@@ -1,4 +1,4 @@
-"""What the keys of imported models must satisfy: each rule's whole message, and that it can pass."""
+"""What keys of imported models must satisfy: each rule's whole message, and that it can pass."""
 
 from typing import Any
 
