@@ -71,8 +71,8 @@ def run(
     """Read the prompt (a file, or - for standard input), print it continued, and return 0.
 
     context: for models without memory, `truncate` or `homer`. tokenizer: a file; None takes the
-    imported model's, else the run's own. changes: see snapshot.read_model. suffix_tokens: with homer, the end of the prompt
-    that every chunk is read beside.
+    imported model's, else the run's own. changes: see snapshot.read_model. suffix_tokens: with
+    homer, the end of the prompt that every chunk is read beside.
 
     Raises ValueError for everything that the user can mend.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from model.init import count_parameters
 from train.checkpoint import Manifest, seal
+from train.config import Config
 from train.huggingface.folder import Opened, open_folder
 from train.huggingface.tokenizer_files import copy_beside, imported_words
 from train.snapshot import PACKAGES
@@ -49,7 +50,9 @@ def import_folder(
     opened = open_folder(source, name=name, run_dir=output, segment_len=segment_len)
     words = imported_words(source, tokenizer, opened.model.vocab_size)
     with new_folder(output) as work:
-        _write_checkpoint(opened, work / "checkpoints" / STEP)
+        shapes = {name: part.shape for name, part in opened.weights.parameters.items()}
+        get, vocab_size = opened.weights.__getitem__, opened.model.vocab_size
+        write_checkpoint(work / "checkpoints" / STEP, opened.config, vocab_size, shapes, get)
         (work / "checkpoints" / "latest").write_text(STEP)
         if words is not None:
             copy_beside(words, source, work)
@@ -81,28 +84,36 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_checkpoint(opened: Opened, folder: Path) -> None:
+def write_checkpoint(
+    folder: Path,
+    config: Config,
+    vocab_size: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    get: Callable[[str], torch.Tensor],
+) -> None:
+    """Write whole weights as the checkpoint of one process at step 0, without moments.
+
+    get: a parameter by its name, float32; asked for one at a time.
+    """
     folder.mkdir(parents=True)
-    path, parameters = folder / "rank-00000.safetensors", opened.weights.parameters
-    specs = {f"master/{name}@0": _flat(parameter.shape) for name, parameter in parameters.items()}
+    path = folder / "rank-00000.safetensors"
+    specs = {f"master/{name}@0": _flat(shape) for name, shape in shapes.items()}
 
-    def get(key: str) -> torch.Tensor:
-        name = key.removeprefix("master/").removesuffix("@0")
-        return opened.weights[name].flatten()
+    def flat(key: str) -> torch.Tensor:
+        return get(key.removeprefix("master/").removesuffix("@0")).flatten()
 
-    sha256 = write_tensors(path, specs, get)
+    sha256 = write_tensors(path, specs, flat)
     manifest = Manifest(
         step=0,
         position=0,
         updates=0.0,
         nonfinite=0,
         layout={"tp": 1, "cp": 1, "dp": 1, "zero": 1},
-        config=opened.config.model_dump(mode="json"),
+        config=config.model_dump(mode="json"),
         data="",  # of no corpus of ours
-        vocab_size=opened.model.vocab_size,
+        vocab_size=vocab_size,
         parameters={
-            name: {"shape": list(parameter.shape), "dim": None, "stride": 1}
-            for name, parameter in parameters.items()
+            name: {"shape": list(shape), "dim": None, "stride": 1} for name, shape in shapes.items()
         },
         versions={"python": platform.python_version()}
         | {package: metadata.version(package) for package in PACKAGES},
