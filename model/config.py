@@ -35,6 +35,7 @@ class FamMemory:
     state: Literal["paper", "norm", "latch"] = "norm"
     beta: float = 2.0
     query_position: Literal["current", "previous"] = "current"
+    first: Literal["prompt", "hidden"] = "prompt"
     name: Literal["fam"] = "fam"
 
 

@@ -74,6 +74,12 @@ class FamMemory(MemorySection):
         description="Rotary position of the slots' queries: the last positions of the current"
         " segment (so all its keys lie in the past), or those of the previous one.",
     )
+    first: Literal["prompt", "hidden"] = Field(
+        default="prompt",
+        description="What a document's first segment reads of the slots. prompt: the learned first"
+        " ones, as published; hidden: nothing, so that an imported model starts out there exactly"
+        " as it was, and the memory is read from the second segment on.",
+    )
     random_state_passing: Probability = Field(
         default=0.0,
         description="Probability, in training, that a step's new documents start from slots saved"

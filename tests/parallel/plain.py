@@ -35,6 +35,7 @@ MEMORIES: dict[str, MemoryConfig] = {
     "none": NoMemory(),
     "window": WindowMemory(2),
     "fam": FamMemory(slots=4, window=1),
+    "fam-hidden": FamMemory(slots=4, window=1, first="hidden"),
     "infini": InfiniMemory(gate_init=0.5, window=1),
     "infini-delta": InfiniMemory("delta", gate_init=0.5),
     "abc": AbcMemory(slots=3),

@@ -71,6 +71,7 @@ OTHERS = [
     Case(tensor="TP2", dp=2, stage=2, tied=True),
     Case(tensor="TP2+SP", dp=2, stage=2, memory="composed", bias=True),
     Case(tensor="TP2", cp=2, stage=3, memory="rmt", bias=True),
+    Case(tensor="TP2+SP", cp=2, stage=2, memory="fam-hidden"),
     Case(tensor="TP2+SP", cp=2, stage=2, memory="rmt-causal"),
     Case(cp=2, memory="hmt-stage-1", layout="contiguous", stage=3),
     Case(cp=2, windows=2, memory="rmt"),

@@ -68,9 +68,17 @@ MEMORIES: dict[str, tuple[dict[str, Any], object]] = {
             "state": "latch",
             "beta": 3.5,
             "query_position": "previous",
+            "first": "hidden",
             "random_state_passing": 0.25,
         },
-        FamMemory(slots=5, window=2, state="latch", beta=3.5, query_position="previous"),
+        FamMemory(
+            slots=5,
+            window=2,
+            state="latch",
+            beta=3.5,
+            query_position="previous",
+            first="hidden",
+        ),
     ),
     "infini": (
         {"name": "infini", "rule": "delta", "gate_init": -0.5, "gate_lr": 3, "window": 2},
