@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 VOCAB_MULTIPLE = 64
 """The embedding is padded to a multiple of this, whatever the layout, so that every TP size that
@@ -184,6 +184,26 @@ ALONE = {
 """Why these compose with a window only."""
 
 
+LoraTarget = Literal["qkv", "output", "gate_up", "down"]
+"""A block's linear maps, by the names that adapters ask for; see model.lora."""
+
+LoraAlso = Literal["norms", "embeddings"]
+"""What else may learn beside adapters."""
+
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+LORA_ALSO: tuple[LoraAlso, ...] = get_args(LoraAlso)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) beside frozen weights."""
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[LoraTarget, ...] = LORA_TARGETS
+    train_also: tuple[LoraAlso, ...] = ()
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How the rotary frequencies are slowed down, for lengths beyond those first trained on.
@@ -218,6 +238,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     memory: MemoryConfig = field(default_factory=NoMemory)
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

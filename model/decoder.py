@@ -14,6 +14,7 @@ from model.config import ComputeConfig, ModelConfig
 from model.interfaces import Linears, Segments, Sequence
 from model.layers import RMSNorm
 from model.local import FoldedSequence, LocalLinears
+from model.lora import add_adapters, freeze
 from model.loss import chunked_loss
 from model.memory import MEMORIES, Memory
 from model.memory.base import Carried, Initial, State
@@ -93,6 +94,9 @@ class Decoder(nn.Module):
             for _ in range(config.num_layers)
         )
         self.head = Head(config, self.linears, self.compute)
+        if config.lora is not None:
+            add_adapters(self.blocks, config.lora, self.linears)
+            freeze(self, config.lora)
 
     def forward(
         self,

@@ -2,7 +2,8 @@
 
 Normal(0, init_std) for embeddings, linear maps and the memory prompt; maps that end on the residual
 stream (attention output, FFN down) have their std divided by sqrt(2 * num_layers), as in GPT-2;
-norms and gains start at 1, biases at 0.
+norms and gains start at 1, biases at 0. Adapters begin as no change: A normal with the variance of
+Hu et al.'s code, 1 / (3 * inputs), B at 0.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from model import lora
 from model.config import (
     AbcMemory,
     ArmtMemory,
@@ -66,6 +68,8 @@ def initial_value(
     std = config.init_std
     if name.startswith("blocks.") and name.endswith(RESIDUAL):
         std /= math.sqrt(2 * config.num_layers)
+    if name.endswith(lora.A):
+        std = 1 / math.sqrt(3 * shape[1])
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator, device=device) * std
@@ -78,7 +82,8 @@ def count_parameters(config: ModelConfig) -> int:
     block = d * (heads + 2 * kv_heads) + heads * d + 3 * d * config.ffn_size + 2 * d
     block += config.qkv_bias * (heads + 2 * kv_heads)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    return layers * block + embeddings + d + _count_memory(config, config.memory)
+    held = layers * block + embeddings + d + lora.count_adapters(config)
+    return held + _count_memory(config, config.memory)
 
 
 def _count_memory(config: ModelConfig, memory: MemoryConfig) -> int:

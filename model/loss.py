@@ -28,11 +28,12 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk: int,
         cross_entropy: CrossEntropy,
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        wanted = of_hidden or of_weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        dhidden = torch.empty_like(hidden) if wanted else None
+        dhidden = torch.empty_like(hidden) if of_hidden else None
         # Hundreds of chunks add up here: bfloat16 would lose the later ones.
-        dweight = torch.zeros_like(weight, dtype=wide) if wanted else None
+        dweight = torch.zeros_like(weight, dtype=wide) if of_weight else None
         losses = []
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -43,22 +44,24 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss = cross_entropy(logits, target.masked_fill(~valid, 0)) * valid
                 total = loss.sum() * scale
             losses.append(loss.detach())
-            if dhidden is not None and dweight is not None:
+            if wanted:
                 (dlogits,) = torch.autograd.grad(total, logits)
+            if dhidden is not None:
                 dhidden[rows] = dlogits @ weight
+            if dweight is not None:
                 dweight += dlogits.t() @ hidden[rows]
         token_losses = torch.cat(losses)
-        if dhidden is not None and dweight is not None:
-            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
+        ctx.save_for_backward(dhidden, dweight)
         ctx.mark_non_differentiable(token_losses)
         return token_losses.sum() * scale, token_losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        scale = dloss.to(dhidden.dtype)
-        return dhidden * scale, dweight * scale, None, None, None, None
+        grads = (None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 def chunked_loss(

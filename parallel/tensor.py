@@ -170,7 +170,7 @@ def sum_scattered_gradients(model: nn.Module, mesh: Mesh) -> None:
         return grad
 
     for parameter in model.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+        if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(total)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from parallel.mesh import Mesh
 
@@ -23,7 +24,8 @@ class Fragment(NamedTuple):
     """This rank's share of one parameter's training state.
 
     values are views: copying into them changes the state. Each holds elements
-    [start, start + numel) of the flattened tensor-parallel part of the parameter.
+    [start, start + numel) of the flattened tensor-parallel part of the parameter. A frozen
+    parameter has a master alone: the weight itself, in the type that the model computes with.
     """
 
     name: str
@@ -91,6 +93,7 @@ class ZeroEngine:
     ) -> None:
         self.mesh, self.stage = mesh, stage
         self.names = {id(p): name for name, p in model.named_parameters()}
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.engine = _start(
             model, optimizer, mesh, _config(stage, bf16, clip, cuda=mesh.device.type == "cuda")
         )
@@ -130,6 +133,38 @@ class ZeroEngine:
                 yield Fragment(
                     name, start, {k: v.data.narrow(0, offset, numel) for k, v in values.items()}
                 )
+        yield from self.frozen_fragments()
+
+    @torch.no_grad()
+    def frozen_fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's share of parameters without gradient: equal runs, the last shorter.
+
+        Stages 1 and 2 hold them whole, and stage 3 cuts them so by itself.
+        """
+        for name, parameter in self.frozen.items():
+            whole, size = self._frozen_share(parameter)
+            start = self.mesh.zero_rank * size
+            numel = min(size, getattr(parameter, "ds_numel", parameter.numel()) - start)
+            if numel > 0:
+                held = whole.narrow(0, 0 if self.stage == 3 else start, numel)
+                yield Fragment(name, start, {"master": held})
+
+    def _frozen_share(self, parameter: Any) -> tuple[Tensor, int]:
+        """Return what this rank holds of a frozen parameter, flat, and the length of a share."""
+        if self.stage == 3:
+            return parameter.ds_tensor.data, parameter.ds_tensor.ds_numel
+        flat = parameter.data.view(-1)
+        return flat, -(-flat.numel() // self.mesh.zero_size)
+
+    def _gather_frozen(self) -> None:
+        """Complete frozen parameters from all ranks' shares (stages 1 and 2)."""
+        for parameter in self.frozen.values():
+            flat, size = self._frozen_share(parameter)
+            start = self.mesh.zero_rank * size
+            mine, shares = flat[start : start + size], flat.new_empty(self.mesh.zero_size, size)
+            padded = functional.pad(mine, (0, size - mine.numel()))
+            dist.all_gather(list(shares.unbind()), padded, group=self.mesh.zero_group)
+            flat.copy_(shares.view(-1)[: flat.numel()])
 
     def optimizer_step_count(self) -> float:
         """Return how many updates the moments have seen."""
@@ -157,6 +192,7 @@ class ZeroEngine:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
         else:
             self.zero.update_lp_params()
+            self._gather_frozen()
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
         """Return AdamW's state of a flat partition; before the first step zeros, as it makes it."""

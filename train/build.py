@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from model.attention import Layout, Whole
-from model.config import ComputeConfig, ModelConfig, RopeScaling
+from model.config import ComputeConfig, LoraConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Linears
@@ -37,14 +38,15 @@ def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
     """
     section = config.model
-    known = {field.name for field in fields(ModelConfig)}
-    known -= {"memory", "vocab_size", "head_dim", "rope_scaling"}
+    own = {"memory", "vocab_size", "head_dim", "rope_scaling", "lora"}
+    known = {field.name for field in fields(ModelConfig)} - own
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
         rope_scaling=RopeScaling(**section.rope_scaling.model_dump()),
         vocab_size=section.vocab_size or vocab_size,
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
         memory=to_memory_config(section.memory),
+        lora=None if section.lora is None else LoraConfig(**section.lora.model_dump()),
     )
 
 
@@ -54,8 +56,16 @@ def to_compute_config(config: Config) -> ComputeConfig:
     return ComputeConfig(train.checkpointing, train.loss_chunk, train.ffn_chunk)
 
 
-def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
-    """Return the model of this rank, its initial weights the same for every layout."""
+def build(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    fill: Callable[[Decoder], None] = lambda model: None,
+) -> Built:
+    """Return the model of this rank, its initial weights the same for every layout.
+
+    fill: called with the model before its engine takes it, to put in other weights.
+    """
     parallel = config.parallel
     layout: Layout = Whole()
     sequence = FoldedSequence()
@@ -78,6 +88,7 @@ def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
         shape=lambda parameter: cut_of(parameter).whole_shape(parameter.shape, mesh.tp),
         take=lambda parameter, whole: cut_of(parameter).take(whole, mesh.tp, mesh.tp_rank),
     )
+    fill(model)
     if mesh.tp > 1 and parallel.sequence_parallel:
         sum_scattered_gradients(model, mesh)
     engine = ZeroEngine(
@@ -92,13 +103,13 @@ def build(config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW; matrices decay, norms and gains do not.
+    """Return AdamW of what is trained; matrices decay, norms and gains do not.
 
     A parameter with an `lr_scale` has a group of that scale, without decay; see ZeroEngine.step.
     """
     train = config.train
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         scale: float | None = getattr(parameter, "lr_scale", None)
         kind = (parameter.dim() > 1 and scale is None, 1.0 if scale is None else scale)
         groups.setdefault(kind, []).append(parameter)

@@ -288,6 +288,10 @@ class MasterWeights:
                     if kind == "master":
                         self.places.setdefault(name, []).append((rank, key, int(start)))
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether the model has such a parameter."""
+        return name in self.manifest.parameters
+
     def __getitem__(self, name: str) -> Tensor:
         """Return a parameter joined from all ranks' fragments.
 

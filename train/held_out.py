@@ -116,3 +116,10 @@ def scattered_lanes(built: Built) -> int:
 def count_parameters(built: Built) -> int:
     """Return the parameters of one TP rank; under ZeRO 3 they are cut, and counted whole."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters())
+
+
+def count_trained(built: Built) -> int:
+    """Return how many of them learn."""
+    return sum(
+        getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad
+    )

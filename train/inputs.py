@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from data.index import Corpus
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
+from train.init_from import Start, find_start
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
 
@@ -34,11 +35,16 @@ FREE = ("random_state_passing", "gate_lr", "search_from")
 """Of a memory, and so inside FIXED, but a matter of training only."""
 
 
+HISTORY = ("model.init_from",)
+"""What was read when the run began, and never again."""
+
+
 class Inputs(NamedTuple):
-    """The opened data."""
+    """The opened data, and the checkpoint that a new run starts from."""
 
     train: Corpus
     valid: Corpus | None
+    start: Start | None = None
 
 
 def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inputs:
@@ -62,7 +68,7 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
         valid = _open(config, config.data.valid, "data.valid", problems)
     if train is not None:
         problems += _tokenizer_problems(config, train, valid)
-    newest = None if fresh else newest_manifest(config.run_dir / "checkpoints")
+    newest, start = None if fresh else newest_manifest(config.run_dir / "checkpoints"), None
     if newest is not None:
         problems += checkpoint_problems(config, newest, world_size)
         if train is not None and newest.data != train.fingerprint:
@@ -74,10 +80,13 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
                     " documents; give that corpus, or another name or run_dir",
                 )
             )
+    elif train is not None:
+        needed = model_vocab_size(config, train.manifest.vocab_size)
+        start = find_start(config, needed, problems, fresh=fresh)
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
-    return Inputs(train, valid)
+    return Inputs(train, valid, start)
 
 
 def chooses_by_later_tokens(config: Config) -> bool:
@@ -148,7 +157,7 @@ def checkpoint_problems(
     for name in sorted(saved.keys() | now.keys()):
         before, after = saved.get(name), now.get(name)
         free = name.startswith("model.memory.") and name.endswith(FREE)
-        if before == after or free:
+        if before == after or free or name in HISTORY:
             continue
         if any(name == field or name.startswith(field + ".") for field in FIXED):
             problems.append(

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from model.config import ModelConfig
+from model.lora import count_adapters
 from train.memory_flops import block_costs, memory_flops
 
 FORMULA_NAME = "causal mask-aware, no recomputation"
@@ -25,7 +26,8 @@ FORMULA = (
     " through all blocks (fam slots / S a token, rmt 2 x slots / S, armt slots / S, hmt (sensory"
     " + 3) / S and the summary of half a segment) with the keys they read, and its products:"
     " reads and writes of matrices (infini, armt), scores and writes of slots (abc, cmab), the"
-    " search (hmt). Landmarks are tokens."
+    " search (hmt). Landmarks are tokens. With model.lora, P has the adapters too, and tokens count"
+    " 2 x, not 3 x, forward in matrices that are frozen: those have no gradient of their own."
 )
 """In words, for run tags and the end of a run. S: segment_len."""
 
@@ -48,12 +50,20 @@ def forward_flops_per_token(model: ModelConfig, segment_len: int) -> Flops:
     memory = memory_flops(model, model.memory, segment_len)
     keys = (segment_len + 1) / 2 + model.window * segment_len + memory.keys
     head = 2.0 * model.hidden_size * model.vocab_size
-    return Flops(costs.row + head, costs.key * keys, memory.flops)
+    matrices = costs.row + head + 2.0 * count_adapters(model)
+    return Flops(matrices, costs.key * keys, memory.flops)
 
 
 def training_flops_per_token(model: ModelConfig, segment_len: int) -> float:
-    """Return the FLOPs of one token in training: forward once, backward twice as much."""
-    return 3 * sum(forward_flops_per_token(model, segment_len))
+    """Return the FLOPs of one token in training: forward once, backward twice as much.
+
+    In frozen matrices backward is as much as forward.
+    """
+    frozen = 0.0
+    if model.lora is not None:
+        head = 2.0 * model.hidden_size * model.vocab_size
+        frozen = block_costs(model).row + (0.0 if "embeddings" in model.lora.train_also else head)
+    return 3 * sum(forward_flops_per_token(model, segment_len)) - frozen
 
 
 Precision = Literal["fp32", "bf16"]

@@ -17,12 +17,14 @@ import torch.distributed as dist
 
 from data.loader import load
 from data.streams import Streams
+from model.config import ModelConfig
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
 from train.config import Config, dump
 from train.describe import describe_run
-from train.held_out import HeldOut, count_parameters
+from train.held_out import HeldOut, count_parameters, count_trained
+from train.init_from import Start, describe_start, take_weights, verify_together
 from train.inputs import Inputs, open_inputs
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
@@ -53,12 +55,20 @@ def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
     torch.manual_seed(config.seed)
     vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
     model_config = to_model_config(config, vocab_size)
-    built = build(config, model_config, mesh)
+    built = build_from(inputs.start, config, model_config, mesh)
     code = Pretraining(config, inputs, built, mesh, stop).run()
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
     # and hide the error until the timeout.
     dist.destroy_process_group()
     return code
+
+
+def build_from(start: Start | None, config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
+    """Return the model with initial weights, or those of a checkpoint to start from."""
+    if start is None:
+        return build(config, model_config, mesh)
+    verify_together(config, start)
+    return build(config, model_config, mesh, lambda model: take_weights(model, start, mesh))
 
 
 class Pretraining:
@@ -264,10 +274,11 @@ class Pretraining:
             return
         config, mesh = self.config, self.mesh
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        parameters = count_parameters(self.built)
+        parameters, trained = count_parameters(self.built), count_trained(self.built)
+        some = f", {trained / 1e6:.2f}M of them trained" if trained < parameters else ""
         self.progress.say(
             f"{self._title()} | {mesh.world_size} ranks on {mesh.device.type}"
-            f" | {parameters / 1e6:.2f}M parameters a TP rank"
+            f" | {parameters / 1e6:.2f}M parameters a TP rank{some}"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )
         describe_run(
@@ -279,6 +290,20 @@ class Pretraining:
         self.tracker.params(config.model_dump(mode="json"))
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})
         self.tracker.event(f"started at step {state.step}", state.step)
+        if text := self._origin(state):
+            self.progress.say(text)
+            self.tracker.event(text, state.step)
+
+    def _origin(self, state: TrainState) -> str | None:
+        """Return what became of model.init_from."""
+        if self.inputs.start is not None:
+            return describe_start(self.inputs.start, self.built.model)
+        if self.config.model.init_from is None:
+            return None
+        return (
+            f"model.init_from={self.config.model.init_from} is not read: this run goes on from its"
+            f" own step {state.step}; --fresh begins again from there"
+        )
 
     def _title(self) -> str:
         config, mesh = self.config, self.mesh

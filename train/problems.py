@@ -4,14 +4,15 @@ Fields are validated one by one, not as a whole model: pydantic leaves out what 
 fields as soon as one field is wrong, and the user would meet his problems one after the other.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from train.remedies import did_you_mean
 from train.rules import broken_rules
 from train.units import shown
 
@@ -41,8 +42,11 @@ def find_problems(
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section that a field holds, None for a value or a union."""
-    kind = field.annotation
+    """Return the section that a field holds or may hold, None for a value or a union."""
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind):
+        kinds = [part for part in get_args(kind) if part is not NoneType]
+        kind = kinds[0] if len(kinds) == 1 else None
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
@@ -71,12 +75,6 @@ def _items_of(field: FieldInfo) -> type[BaseModel] | None:
         return None
     item = get_args(field.annotation)[0]
     return item if isinstance(item, type) and issubclass(item, BaseModel) else None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the known word that is closest, "" if none is close."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class _Where(NamedTuple):
@@ -111,7 +109,9 @@ class _Examination:
         for name, field in section.model_fields.items():
             inner, item = section_of(field), _items_of(field)
             self.shown[at.rules + name] = at.shown + name
-            if inner is not None:
+            if inner is not None and field.default is None and raw.get(name) is None:
+                self.values[at.rules + name] = None  # a section that may be left out, and is
+            elif inner is not None:
                 self.at_inner(inner, raw.get(name), at.below(name))
             elif union_members(field):
                 self.at_union(field, raw.get(name), at.shown + name)

@@ -1,5 +1,6 @@
 """What rules are made of: the rule itself, and the nearest values that keep it."""
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,6 +12,12 @@ class Rule(NamedTuple):
     path: str
     needs: tuple[str, ...]
     check: Callable[..., str | None]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the known word that is closest, "" if none is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def nearest_multiples(value: int, of: int) -> str:

@@ -78,6 +78,24 @@ def _head_dim(head_dim: int | None, hidden_size: int, num_heads: int) -> str | N
     )
 
 
+def _lora_rank(rank: int, hidden_size: int) -> str | None:
+    if rank <= hidden_size:
+        return None
+    return (
+        f"{rank} is more than model.hidden_size = {hidden_size}, and no weight has a rank above"
+        f" that; use at most {hidden_size}, or leave model.lora out to train all weights"
+    )
+
+
+def _lora_without_weights(rank: int, init_from: object) -> str | None:
+    if init_from is not None:
+        return None
+    return (
+        f"rank {rank}, but no model.init_from: the frozen weights would be random numbers; give a"
+        " checkpoint, or leave model.lora out"
+    )
+
+
 # lengths
 
 
@@ -233,6 +251,7 @@ _TP, _CP, _SP = "parallel.tp", "parallel.cp", "parallel.sequence_parallel"
 _HEADS, _KV_HEADS = "model.num_heads", "model.num_kv_heads"
 _SEGMENT, _SAMPLE, _BPTT = "data.segment_len", "data.sample_len", "train.bptt_len"
 _BATCH, _MICRO = "train.batch_size", "train.micro_batch"
+_RANK = "model.lora.rank"
 _STEPS, _WARMUP = "train.steps", "train.warmup_steps"
 
 RULES: tuple[Rule, ...] = (
@@ -243,6 +262,8 @@ RULES: tuple[Rule, ...] = (
     Rule("model.ffn_size", ("model.ffn_size", _TP), _ffn_over_tp),
     Rule("model.head_dim", ("model.head_dim", "model.hidden_size", _HEADS), _head_dim),
     *PRETRAINED_RULES,
+    Rule(_RANK, (_RANK, "model.hidden_size"), _lora_rank),
+    Rule("model.lora", (_RANK, "model.init_from"), _lora_without_weights),
     *MEMORY_RULES,
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
     Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),

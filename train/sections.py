@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from train.lora_section import LoraSection
 from train.memories import Memory, NoMemory
 from train.pretrained_keys import RopeScalingSection
 from train.units import (
@@ -88,6 +89,17 @@ class ModelSection(Section):
         default_factory=lambda: NoMemory(name="none"),
         description="What carries the past from segment to segment. Give its name and only the"
         " keys of that memory, or its name alone; or a list of several, such as [window, infini].",
+    )
+    init_from: Path | None = Field(
+        default=None,
+        description="Checkpoint, or run folder for its newest, whose weights a new run starts"
+        " from, at any layout; a memory that it lacks starts from the seed. Step, optimizer and"
+        " data begin anew. Not read once the run has a checkpoint of its own.",
+    )
+    lora: LoraSection | None = Field(
+        default=None,
+        description="Train low-rank adapters instead of the weights of init_from. Left out, all"
+        " weights are trained.",
     )
 
 

@@ -28,6 +28,8 @@ from tests.parallel.plain import (
     biases_start_at_one,
     config_of,
     make_optimizer,
+    trained,
+    unmark_adapters,
 )
 from tests.ranks import run_ranks
 
@@ -39,7 +41,7 @@ def run(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
     cuts = ranks[0]["cuts"]
 
     def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: cut.join([part[name] for part in parts]) for name, cut in cuts.items()}
+        return {name: cuts[name].join([part[name] for part in parts]) for name in parts[0]}
 
     for result in ranks:
         assert [s[:2] for s in result["steps"]] == [s[:2] for s in ranks[0]["steps"]]
@@ -65,6 +67,7 @@ def build(case: Case, mesh: Mesh) -> tuple[zero.ZeroEngine, Layout]:
         linears = MegatronLinears(mesh, sequence_parallel=sp, dtype=torch.float32)
     model = Decoder(config, sequence=sequence, linears=linears, compute=case.compute)
     biases_start_at_one(model)
+    unmark_adapters(model)
     initialise(
         model,
         config,
@@ -94,6 +97,20 @@ def keep_matrices_partitioned() -> None:
         return changed
 
     zero._config = config
+
+
+def whole_frozen(engine: zero.ZeroEngine) -> dict[str, Tensor]:
+    """Return this TP rank's part of every frozen parameter, joined from the shares."""
+    mine = [(f.name, f.values["master"].clone()) for f in engine.frozen_fragments()]
+    ranks: list[Any] = [None] * engine.mesh.zero_size
+    dist.all_gather_object(ranks, mine, group=engine.mesh.zero_group)
+    found: dict[str, list[Tensor]] = {}
+    for name, share in (pair for rank in ranks for pair in rank):
+        found.setdefault(name, []).append(share)
+    return {
+        name: torch.cat(found[name]).view(getattr(p, "ds_shape", p.shape))
+        for name, p in engine.frozen.items()
+    }
 
 
 def train_on_a_rank(case: Case) -> dict[str, Any]:
@@ -128,10 +145,11 @@ def train_on_a_rank(case: Case) -> dict[str, Any]:
                 states[i] = detach(output.state)
                 total += output.loss.detach()
         dist.all_reduce(total, group=mesh.zero_group)
-        gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in trained(model).items()}
         norm = engine.step(lr)
         assert norm is not None
         steps.append(Step(total.item(), norm, gradients))
-    weights = {name: safe_get_full_fp32_param(p).clone() for name, p in model.named_parameters()}
+    weights = {n: safe_get_full_fp32_param(p).clone() for n, p in trained(model).items()}
+    weights |= whole_frozen(engine)
     cuts = {name: cut_of(p) for name, p in model.named_parameters()}
     return {"tp_rank": mesh.tp_rank, "steps": steps, "weights": weights, "cuts": cuts}

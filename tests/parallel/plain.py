@@ -18,6 +18,7 @@ from model.config import (
     HmtMemory,
     InfiniMemory,
     LandmarkMemory,
+    LoraConfig,
     MemoryConfig,
     ModelConfig,
     NoMemory,
@@ -28,6 +29,7 @@ from model.config import (
 from model.decoder import Decoder
 from model.init import initialise
 from model.layers import starts_at
+from model.lora import B
 from model.loss import IGNORE
 from model.memory.base import detach
 
@@ -73,6 +75,7 @@ class Case:
     bf16: bool = False
     tied: bool = False
     bias: bool = False
+    lora: LoraConfig | None = None
 
     @property
     def tp(self) -> int:
@@ -114,6 +117,7 @@ def config_of(case: Case) -> ModelConfig:
         VOCAB, 2, 32, 4, 2, 48, 8,
         memory=memory, init_std=INIT_STD.get(case.memory, 0.2), tie_embeddings=case.tied,
         qkv_bias=case.bias,
+        lora=case.lora,
     )  # fmt: skip
 
 
@@ -144,17 +148,31 @@ def biases_start_at_one(model: nn.Module) -> None:
             starts_at(parameter, 1.0)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Return AdamW over two groups.
 
     Gradients have a root mean square of 4e-3 here and round at 1e-9. With torch's eps of 1e-8 those
     near 0 would move weights by the sign of their rounding, and later gradients differ by that.
     """
+    parameters = trained(model).values()
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-3)
+
+
+def unmark_adapters(model: nn.Module) -> None:
+    """Have `initialise` draw the adapters' second maps too: from 0 the first has no gradient."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(B):
+            del parameter.initial_value
 
 
 def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
@@ -162,6 +180,7 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
     config = config_of(case)
     model = Decoder(config)
     biases_start_at_one(model)
+    unmark_adapters(model)
     initialise(model, config, seed=0)
     optimizer, state, steps = make_optimizer(model), None, []
     for (tokens, starts, labels), lr in zip(batches(), LEARNING_RATES, strict=True):
@@ -181,9 +200,9 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
             loss += output.loss.item()
             state = detach(output.state)
         # What only makes the state has no gradient where no window reads what another left.
-        for p in model.parameters():
+        for p in trained(model).values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in trained(model).items()}
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         for group in optimizer.param_groups:
             group["lr"] = lr

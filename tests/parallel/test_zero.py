@@ -40,15 +40,22 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def make(stage: int, bf16: bool, seed: int = 0, scale: float = 3.0) -> ZeroEngine:
+def make(
+    stage: int, bf16: bool, seed: int = 0, scale: float = 3.0, frozen: tuple[str, ...] = ()
+) -> ZeroEngine:
     """Return an engine; scale: of the rate of the second map's bias."""
     keep_matrices_partitioned()
     model = Net(seed)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [model.first.bias], "weight_decay": 0.0},
         {"params": [model.second.bias], "weight_decay": 0.0, "lr_scale": scale},
     ]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     mesh = build_mesh(tp=1, cp=1)
     return ZeroEngine(model, optimizer, mesh, stage=stage, bf16=bf16, clip=0.5)
@@ -161,6 +168,52 @@ def continue_restored(stage: int, bf16: bool, used: bool) -> None:
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used before"])
 def test_a_restored_engine_goes_on_bit_for_bit(stage: int, bf16: bool, used: bool) -> None:
     on_ranks(continue_restored, stage, bf16, used)
+
+
+FROZEN = ("first.weight", "first.bias")
+"""One that stage 3 cuts and one that it keeps whole."""
+
+
+def frozen_shares(stage: int, bf16: bool) -> list[tuple[str, int, dict[str, Tensor]]]:
+    engine = make(stage, bf16, frozen=FROZEN)
+    good_step(engine, 0)
+    return [(f.name, f.start, {k: v.clone() for k, v in f.values.items()})
+            for f in engine.fragments() if f.name in FROZEN]  # fmt: skip
+
+
+@EVERY
+def test_frozen_parameters_are_shared_out_as_they_began_without_moments(
+    stage: int, bf16: bool
+) -> None:
+    began, left = dict(Net(0).named_parameters()), {name: 0 for name in FROZEN}
+    for found in on_ranks(frozen_shares, stage, bf16):
+        assert found  # no rank holds nothing
+        for name, start, values in found:
+            assert values.keys() == {"master"}
+            numel = values["master"].numel()
+            expected = began[name].detach().ravel()[start : start + numel]
+            assert torch.equal(values["master"], expected.to(values["master"].dtype))
+            assert start == left[name]  # ranks in order, no gap
+            left[name] = start + numel
+    assert left == {name: began[name].numel() for name in FROZEN}
+
+
+def continue_frozen(stage: int, bf16: bool) -> None:
+    engine, fresh = (make(stage, bf16, seed=seed, frozen=FROZEN) for seed in (0, 1))
+    good_step(engine, 0)
+    good_step(fresh, 9)
+    for old, new in zip(engine.fragments(), fresh.fragments(), strict=True):
+        for kind, value in new.values.items():
+            value.copy_(old.values[kind].float())  # as a checkpoint holds them
+    fresh.restore(engine.optimizer_step_count())
+    assert_each(held(fresh), held(engine), 0.0)
+    assert good_step(fresh, 1) == good_step(engine, 1)
+    assert_each(held(fresh), held(engine), 0.0)
+
+
+@EVERY
+def test_frozen_parameters_come_back_bit_for_bit(stage: int, bf16: bool) -> None:
+    on_ranks(continue_frozen, stage, bf16)
 
 
 def accumulate(stage: int, bf16: bool) -> None:

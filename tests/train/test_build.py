@@ -17,6 +17,7 @@ from model.config import (
     HmtMemory,
     InfiniMemory,
     LandmarkMemory,
+    LoraConfig,
     ModelConfig,
     NoMemory,
     RmtMemory,
@@ -26,6 +27,7 @@ from model.config import (
 )
 from model.decoder import Decoder
 from model.init import initialise
+from model.lora import is_trained
 from parallel.mesh import build_mesh
 from parallel.tensor import cut_of
 from tests.ranks import run_ranks
@@ -152,7 +154,27 @@ def test_every_field_arrives(name: str) -> None:
 
 
 def test_no_field_of_the_model_is_left_to_its_default() -> None:
-    assert UNUSUAL.keys() == {field.name for field in fields(ModelConfig)} - {"memory"}
+    assert UNUSUAL.keys() == {field.name for field in fields(ModelConfig)} - {"memory", "lora"}
+
+
+def test_adapters_arrive() -> None:
+    raw = {"rank": 3, "alpha": 5, "targets": ["down", "qkv"], "train_also": ["norms"]}
+    config = validate(small(model__lora=raw, model__init_from="runs/base"))
+    expected = LoraConfig(3, 5.0, targets=("qkv", "down"), train_also=("norms",))
+    assert to_model_config(config, vocab_size=5).lora == expected
+    assert {field.name for field in fields(LoraConfig)} == raw.keys()
+    assert to_model_config(validate(small()), vocab_size=5).lora is None
+
+
+def test_only_what_learns_has_optimizer_state() -> None:
+    raw = {"rank": 3, "train_also": ["norms"]}
+    config = validate(small(model__lora=raw, model__init_from="runs/base", model__memory=FAM))
+    model_config = to_model_config(config, 257)
+    model = Decoder(model_config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, config).param_groups
+    found = {names[id(p)] for group in groups for p in group["params"]}
+    assert found == {name for name in names.values() if is_trained(name, model_config.lora)}
 
 
 @pytest.mark.parametrize("name", MEMORIES)

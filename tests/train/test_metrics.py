@@ -15,6 +15,7 @@ from model.config import (
     HmtMemory,
     InfiniMemory,
     LandmarkMemory,
+    LoraConfig,
     MemoryConfig,
     ModelConfig,
     NoMemory,
@@ -70,6 +71,17 @@ def test_llama_3_8b_reproduces_published_throughput() -> None:
     peak = listed_peak("NVIDIA H100 80GB HBM3", "bf16", tf32=False)
     assert peak is not None
     assert mfu(8 * 5762, flops, peak, ranks=8) == pytest.approx(0.300, abs=5e-4)
+
+
+def test_frozen_matrices_have_no_gradient_to_count_and_adapters_have() -> None:
+    lora = LoraConfig(rank=3, targets=("qkv", "down"))
+    base, tuned = (forward_flops_per_token(replace(TINY, lora=x), 16) for x in (None, lora))
+    adapters = 2 * 2 * 3 * ((8 + 16) + (12 + 8))  # layers, a multiply-add, rank, in and out
+    assert tuned == base._replace(matrices=base.matrices + adapters)
+    whole, some = (training_flops_per_token(replace(TINY, lora=x), 16) for x in (None, lora))
+    assert some == whole - base.matrices + 3 * adapters
+    also = replace(lora, train_also=("embeddings",))
+    assert training_flops_per_token(replace(TINY, lora=also), 16) == some + 2 * 8 * 50
 
 
 def test_matrices_are_the_two_dimensional_parameters_without_the_lookup() -> None:

@@ -197,6 +197,18 @@ FAM = {"name": "fam", "slots": 64}
             " / segment_len = 256 / 64 = 4; use at most 4, or a longer data.sample_len",
         ),
         (
+            {"model__lora": {"rank": 65}, "model__init_from": "runs/base"},
+            None,
+            "model.lora.rank: 65 is more than model.hidden_size = 64, and no weight has a rank"
+            " above that; use at most 64, or leave model.lora out to train all weights",
+        ),
+        (
+            {"model__lora": {"rank": 8}},
+            None,
+            "model.lora: rank 8, but no model.init_from: the frozen weights would be random"
+            " numbers; give a checkpoint, or leave model.lora out",
+        ),
+        (
             {"train__eval_every": 10},
             None,
             "train.eval_every: 10 needs data.valid, which is not set; give a prepared"
@@ -222,6 +234,7 @@ def test_a_broken_rule_says_value_limit_and_remedy(
         ({"parallel__tp": 2, "parallel__cp": 2, "model__memory": FAM}, 8),
         ({"parallel__cp": 64, "parallel__layout": "contiguous"}, 64),
         ({"model__hidden_size": 62, "model__head_dim": 16}, None),
+        ({"model__lora": {"rank": 64}, "model__init_from": "runs/base"}, None),
         ({"train__bptt_len": 64}, None),
         ({"train__bptt_len": 256}, None),
         ({"train__batch_size": 8, "train__micro_batch": 2}, 4),
@@ -263,7 +276,8 @@ def _dotted(values: dict[str, Any], path: str = "") -> set[str]:
 def test_the_fields_that_rules_read_exist() -> None:
     known = {"world_size", "model.memory"}
     for name in MEMORY_CONFIGS:
-        values = validate(small(model__memory=name)).model_dump()
+        optional = {"model__init_from": "runs/base", "model__lora": {"rank": 4}}
+        values = validate(small(model__memory=name, **optional)).model_dump()
         memory = values["model"].pop("memory")
         known |= _dotted(values) | _dotted(memory, f"model.memory.{name}.")
     assert {path for rule in RULES for path in rule.needs} <= known
