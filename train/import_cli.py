@@ -44,7 +44,7 @@ def import_model(
       longhaul prepare books/ --output shards --tokenizer runs/llama/tokenizer.json
       longhaul generate runs/llama --prompt story.txt
 
-    Next: a run with model.init_from=runs/llama and the model's sizes, which are printed.
+    Next: `longhaul pretrain` with the model section that this prints, model.init_from in it.
     """  # noqa: D301
     from train.quiet import quieten_libraries
 
@@ -69,6 +69,9 @@ def import_model(
             f"sliding window: {config.model.sliding_window:,} tokens; segments, with the window of"
             " a memory, must not be longer, and then it cuts nothing"
         )
-    model = config.model.model_dump(mode="json", exclude_defaults=True)
-    typer.echo("the `model` section of a run that continues it, to which init_from and a memory")
-    typer.echo(f"are added:\n\n{yaml.safe_dump({'model': model}, sort_keys=False)}", nl=False)
+    model = {"init_from": str(done.output)}
+    model |= config.model.model_dump(mode="json", exclude_defaults=True)
+    section = yaml.safe_dump({"model": model}, sort_keys=False)
+    typer.echo(
+        f"the model of a run that continues it; add a memory, or adapters:\n\n{section}", nl=False
+    )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from data.index import Corpus
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
+from train.huggingface.tokenizer_files import require_same_tokenizer
 from train.init_from import Start, find_start
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
@@ -83,6 +84,8 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
     elif train is not None:
         needed = model_vocab_size(config, train.manifest.vocab_size)
         start = find_start(config, needed, problems, fresh=fresh)
+        if start is not None:
+            _require_same_words(start, train, problems)
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
@@ -131,6 +134,13 @@ def _tokenizer_problems(
             )
         )
     return problems
+
+
+def _require_same_words(start: Start, train: Corpus, problems: list[tuple[str, str]]) -> None:
+    try:
+        require_same_tokenizer(start.path, train)
+    except ValueError as error:
+        problems.append(("data.train", str(error)))
 
 
 def newest_manifest(folder: Path) -> Manifest | None:

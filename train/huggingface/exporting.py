@@ -1,13 +1,14 @@
 """`longhaul export`: a checkpoint of any layout as a folder that `transformers` loads.
 
 What their format has a place for is written as a Llama, Mistral or Qwen2 model; a memory's own
-parameters stand beside it, see memory_files. One parameter is in memory at a time, and the one that
-was cut last.
+parameters stand beside it, see memory_files. Adapters are merged into the weights. One parameter is
+in memory at a time, and the one that was cut last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.build import to_model_config
-from train.checkpoint import Manifest, MasterWeights, choose_checkpoint
+from train.checkpoint import Manifest, choose_checkpoint
 from train.config import Config, validate
 from train.huggingface.example import readme
 from train.huggingface.folder import INDEX, SINGLE, parameter_shapes
@@ -33,6 +34,7 @@ from train.huggingface.tokenizer_files import (
     write_words,
 )
 from train.memories import window_of
+from train.merged import MergedWeights
 from train.tensor_file import Spec, write_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,13 +52,12 @@ class Exported(NamedTuple):
 
 
 class _Source:
-    """The tensors to write, each cut out of a parameter of the checkpoint."""
+    """The tensors to write, each cut out of a parameter of the checkpoint, adapters merged."""
 
     def __init__(
-        self, checkpoint: Path, manifest: Manifest, config: Config, parts: Mapping[str, Parameter]
+        self, checkpoint: Path, manifest: Manifest, parts: Mapping[str, Parameter]
     ) -> None:
-        self.weights, self.config = MasterWeights(checkpoint, manifest), config
-        self.parts = parts
+        self.weights, self.parts = MergedWeights(checkpoint, manifest), parts
         self.homes = {piece.name: name for name, part in parts.items() for piece in part.pieces}
         self.last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -66,15 +67,11 @@ class _Source:
         part = self.parts[name]
         if self.last[0] == name:
             return self.last[1][piece]
-        cut = part.split(self.merged(name))
+        cut = part.split(self.weights[name])
         found = {piece.name: tensor for piece, tensor in zip(part.pieces, cut, strict=True)}
         if len(found) > 1:
             self.last = (name, found)
         return found[piece]
-
-    def merged(self, name: str) -> Tensor:
-        """Return a parameter as it works in the model."""
-        return self.weights[name]
 
 
 def export(
@@ -93,12 +90,12 @@ def export(
     """
     folder, manifest = choose_checkpoint(checkpoint)
     config = validate(manifest.config, source=str(folder / "manifest.json"))
-    model = to_model_config(config, manifest.vocab_size)
+    model = replace(to_model_config(config, manifest.vocab_size), lora=None)
     parts = pieces_of(model, parameter_shapes(model))
     words = exported_words(folder, config, tokenizer)
     if words is not None:
         require_ids(words.tokenizer, model.vocab_size)
-    source = _Source(folder, manifest, config, parts)
+    source = _Source(folder, manifest, parts)
     pieces = [piece for part in parts.values() for piece in part.pieces]
     base = [piece for piece in pieces if not piece.of_memory]
     memory = [piece for piece in pieces if piece.of_memory]

@@ -109,7 +109,7 @@ def exported_words(checkpoint: Path, config: Config, option: str | None) -> Word
     if (home := imported_home(checkpoint)) is not None:
         return open_words(home)
     words = _of_data(config)
-    start: Path | None = getattr(config.model, "init_from", None)
+    start = config.model.init_from
     home = None if start is None else imported_home(start)
     if home is not None:
         first = open_words(home)

@@ -38,6 +38,7 @@ def test_import_prints_the_section_of_a_run_that_continues(tmp_path: Path) -> No
     section = yaml.safe_load(said.partition("\n\n")[2])["model"]
     config = validate(small(model=section, data__segment_len=32))
     assert (config.model.sliding_window, config.model.vocab_size) == (32, 300)
+    assert config.model.init_from == tmp_path / "run"
 
 
 def test_what_cannot_be_is_said_by_its_option(tmp_path: Path) -> None:
