@@ -7,10 +7,12 @@ but later ranks have up to twice the mean work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from model.attention import Layout, Span
+from model.attention import Layout, Span, Whole
 
 ALL = slice(None)
 
@@ -87,6 +89,19 @@ def check_segment_len(segment_len: int, cp: int, layout: str) -> None:
         raise ValueError(f"segment_len={segment_len} is not a multiple of {why}; use {near}")
 
 
-def take_slice(x: Tensor, layout: Layout, rank: int) -> Tensor:
-    """Return rank's tokens of whole segments: x [B, N, S] -> [B, N, S / size]."""
-    return x.index_select(2, layout.positions(rank, x.shape[2]).to(x.device))
+def take_slice(x: Tensor, layout: Layout, rank: int, dim: int = 2) -> Tensor:
+    """Return rank's tokens of whole segments, which lie along dim: of S, S / size."""
+    return x.index_select(dim, layout.positions(rank, x.shape[dim]).to(x.device))
+
+
+def layout_of(name: str, size: int) -> Layout:
+    """Return the layout over size ranks; of one rank, whole segments."""
+    return choose_layout(name, size) if size > 1 else Whole()
+
+
+def join_tokens(slices: Sequence[Tensor], layout: Layout, dim: int) -> Tensor:
+    """Return whole segments from every rank's slice, in order of rank: take_slice's inverse."""
+    length = sum(part.shape[dim] for part in slices)
+    places = torch.cat([layout.positions(rank, length) for rank in range(len(slices))])
+    joined = torch.cat(list(slices), dim)
+    return joined.index_select(dim, places.argsort().to(joined.device))

@@ -32,6 +32,11 @@ class Fragment(NamedTuple):
     start: int
     values: dict[str, Tensor]  # master, exp_avg, exp_avg_sq: [numel] float32
 
+    @property
+    def numel(self) -> int:
+        """Elements of the share."""
+        return next(iter(self.values.values())).numel()
+
 
 class Groups:
     """The mpu that DeepSpeed asks for its groups.

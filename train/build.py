@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.attention import Layout, Whole
+from model.attention import Layout
 from model.config import ComputeConfig, LoraConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.init import initialise
@@ -17,7 +17,7 @@ from model.interfaces import Linears
 from model.local import FoldedSequence, LocalLinears
 from parallel.mesh import Mesh
 from parallel.ring import choose_exchange
-from parallel.slicing import choose_layout
+from parallel.slicing import layout_of
 from parallel.tensor import MegatronLinears, cut_of, sum_scattered_gradients
 from parallel.zero import ZeroEngine
 from train.config import Config
@@ -67,10 +67,9 @@ def build(
     fill: called with the model before its engine takes it, to put in other weights.
     """
     parallel = config.parallel
-    layout: Layout = Whole()
+    layout = layout_of(parallel.layout, mesh.cp)
     sequence = FoldedSequence()
     if mesh.cp > 1:
-        layout = choose_layout(parallel.layout, mesh.cp)
         sequence = FoldedSequence(layout, choose_exchange(parallel.attention, mesh.cp_group))
     linears: Linears = LocalLinears()
     if mesh.tp > 1:

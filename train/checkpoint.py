@@ -4,10 +4,11 @@
                               manifest.json            layout, config, sha256 of every file
     checkpoints/latest                                 the name of the newest
 
-A save fills a temporary folder; the manifest is written last, then the folder gets its name. One
-found damaged is set aside as step-00000200.bad when a run goes on from an older one. A rank's share
-is fragments of float32 master weights and moments, named by parameter and place, with its streams'
-memory and its random state. Weights themselves are the rounded masters: not stored.
+A save (train.saver) fills a temporary folder; the manifest is written last, then the folder gets
+its name. One found damaged is set aside as step-00000200.bad when a run goes on from an older one.
+A rank's share is fragments of float32 master weights and moments, named by parameter and place,
+with its streams' memory and its random state (train.stored reads them at any layout). Weights
+themselves are the rounded masters: not stored.
 """
 
 from __future__ import annotations
@@ -16,20 +17,18 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from parallel.tensor import Cut
+FORMAT = 2
 
-FORMAT = 1
+HASHING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -49,60 +48,48 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # name -> sha256, bytes
     format: int = FORMAT
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(int(file["bytes"]) for file in self.files.values())
+
 
 class BadCheckpoint(Exception):
     """A checkpoint folder that must not be loaded; says what is wrong with it."""
 
 
-def save(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    describe: Callable[[dict[str, dict[str, Any]]], Manifest],
-    *,
-    step: int,
-) -> Path:
-    """Write step's checkpoint into folder, every rank its own tensors; return its path.
+def share_name(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
 
-    describe makes the manifest from the files' hashes (called on rank 0). All ranks call this
-    together; an error on one is raised on all.
+
+def begin(folder: Path, step: int) -> Path:
+    """Return a new temporary folder for a step's checkpoint, empty."""
+    work = folder / f"step-{step:08d}.tmp"
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    return work
+
+
+def commit(work: Path, manifest: Manifest) -> Path:
+    """Make the filled temporary folder a checkpoint, and return its path.
+
+    Its files are on disk already; until its rename nobody sees them. May be called again after an
+    OSError.
     """
-    final, work = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    rank = dist.get_rank()
-
-    def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-
-    def write() -> tuple[str, dict[str, Any]]:
-        path = work / f"rank-{rank:05d}.safetensors"
-        # Clones: safetensors refuses views of one storage, and fragments are views.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
-        _sync(path)
-        return path.name, {"sha256": file_hash(path), "bytes": path.stat().st_size}
-
-    _together(prepare)
-    files = dict(_together(write))
-
-    def commit() -> None:
-        if rank == 0:
-            seal(work, describe(files))
-            if final.exists():  # the same step again, after going back to an older checkpoint
-                final.rename(work.with_suffix(".old"))
-            work.rename(final)
-            shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
-            _point(folder, final)
-
-    _together(commit)
+    final = work.with_suffix("")
+    if work.exists():
+        values = asdict(manifest)
+        values["sha256"] = _values_hash(values)
+        _write(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
+        _sync(work)
+        if final.exists():  # the same step again, after going back to an older checkpoint
+            final.rename(work.with_suffix(".old"))
+        work.rename(final)
+        shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
+    _point(final.parent, final)
     return final
-
-
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, hashed like the files that it names, into a folder that holds them."""
-    values = asdict(manifest)
-    values["sha256"] = _values_hash(values)
-    _write(folder / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
-    _sync(folder)
 
 
 def _point(folder: Path, checkpoint: Path) -> None:
@@ -110,20 +97,6 @@ def _point(folder: Path, checkpoint: Path) -> None:
     _write(folder / "latest.tmp", checkpoint.name)
     (folder / "latest.tmp").rename(folder / "latest")
     _sync(folder)
-
-
-def _together(action: Callable[[], Any]) -> list[Any]:
-    """Run action on every rank; return all results, or raise on all what failed on any."""
-    try:
-        mine: tuple[Any, str | None] = (action(), None)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
-        mine = (None, f"rank {dist.get_rank()}: {error}")
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    errors = [error for _, error in everyone if error is not None]
-    if errors:
-        raise OSError("checkpoint not saved: " + "; ".join(errors))
-    return [result for result, _ in everyone]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -157,19 +130,28 @@ def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
     Raises BadCheckpoint naming the first file that differs.
     """
     manifest = read_manifest(checkpoint)
-    for name in names if names is not None else manifest.files:
-        if name not in manifest.files:
-            raise BadCheckpoint(f"{checkpoint}: the manifest knows no file {name}")
-        expected, path = manifest.files[name], checkpoint / name
-        if not path.exists():
-            raise BadCheckpoint(f"{path}: missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise BadCheckpoint(
-                f"{path}: {path.stat().st_size} bytes, {expected['bytes']} were written"
-            )
-        if file_hash(path) != expected["sha256"]:
-            raise BadCheckpoint(f"{path}: its sha256 is not the manifest's; the file was damaged")
+    chosen = list(manifest.files if names is None else names)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the interpreter's lock
+        faults = pool.map(lambda name: file_fault(checkpoint, manifest, name), chosen)
+        fault = next((fault for fault in faults if fault is not None), None)
+    if fault is not None:
+        raise BadCheckpoint(fault)
     return manifest
+
+
+def file_fault(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
+    """Return what is wrong with a checkpoint's file, None where it is as it was written."""
+    path = checkpoint / name
+    if name not in manifest.files:
+        return f"{checkpoint}: the manifest knows no file {name}"
+    expected = manifest.files[name]
+    if not path.exists():
+        return f"{path}: missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path}: {path.stat().st_size} bytes, {expected['bytes']} were written"
+    if file_hash(path) != expected["sha256"]:
+        return f"{path}: its sha256 is not the manifest's; the file was damaged"
+    return None
 
 
 def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -185,6 +167,7 @@ def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Ma
     for checkpoint in reversed(listed[0]):
         problem: str | None = None
         manifest: Manifest | None = None
+        began = time.perf_counter()
         try:
             manifest = read_manifest(checkpoint)
             verify(checkpoint, sorted(manifest.files)[rank::world])
@@ -197,6 +180,8 @@ def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Ma
         newest_step = step if newest_step is None else newest_step
         if not found:
             assert manifest is not None
+            size, seconds = manifest.nbytes, time.perf_counter() - began
+            say(f"verified {checkpoint}: {size / 1e6:,.1f} MB, {size / seconds / 1e6:,.0f} MB/s")
             if step != newest_step:
                 say(f"resuming from step {step}: {newest_step - step} steps are lost")
             return checkpoint, manifest
@@ -245,12 +230,6 @@ def choose_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     raise ValueError(f"{folder} holds no good checkpoint: {found}")
 
 
-def load_tensors(checkpoint: Path, rank: int) -> dict[str, Tensor]:
-    """Return a rank's tensors."""
-    with safe_open(checkpoint / f"rank-{rank:05d}.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
 def retain(folder: Path, *, keep: int, keep_every: int | None) -> list[Path]:
     """Delete checkpoints beyond the newest `keep`, but for multiples of keep_every; return them."""
     spent = []
@@ -272,49 +251,6 @@ def remove_unfinished(folder: Path) -> list[str]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
-
-
-class MasterWeights:
-    """Whole float32 weights of a checkpoint of any layout, read one at a time."""
-
-    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
-        self.checkpoint, self.manifest = checkpoint, manifest
-        self.places: dict[str, list[tuple[int, str, int]]] = {}  # name -> (rank, key, start)
-        for rank in range(len(manifest.files)):
-            with self._open(rank) as file:
-                for key in file.keys():
-                    kind, _, rest = key.partition("/")
-                    name, _, start = rest.rpartition("@")
-                    if kind == "master":
-                        self.places.setdefault(name, []).append((rank, key, int(start)))
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether the model has such a parameter."""
-        return name in self.manifest.parameters
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return a parameter joined from all ranks' fragments.
-
-        Raises BadCheckpoint where an element is missing.
-        """
-        entry, tp = self.manifest.parameters[name], self.manifest.layout["tp"]
-        shape = torch.Size(entry["shape"])
-        cut = Cut(entry["dim"], entry["stride"])
-        parts = [torch.empty(shape.numel()) for _ in range(tp)]
-        covered = [0] * tp
-        for rank, key, start in self.places.get(name, []):
-            with self._open(rank) as file:
-                values = file.get_tensor(key)
-            parts[rank % tp][start : start + values.numel()] = values  # TP is the fastest axis
-            covered[rank % tp] += values.numel()
-        if any(count != shape.numel() for count in covered):
-            raise BadCheckpoint(
-                f"{self.checkpoint}: {name} has {covered} of {shape.numel()} elements a rank"
-            )
-        return cut.join([part.view(shape) for part in parts])
-
-    def _open(self, rank: int) -> Any:
-        return safe_open(self.checkpoint / f"rank-{rank:05d}.safetensors", framework="pt")
 
 
 def _values_hash(values: dict[str, Any]) -> str:

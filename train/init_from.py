@@ -49,13 +49,21 @@ class Start(NamedTuple):
 def find_start(
     config: Config, vocab_size: int, problems: list[tuple[str, str]], *, fresh: bool
 ) -> Start | None:
-    """Return the checkpoint of model.init_from, its hashes not yet compared; None without one.
+    """Return the checkpoint that a new run starts from, hashes not yet compared; None without one.
 
     Adds to problems (field, message) for all that keeps the model from starting there. vocab_size:
     what the data needs. fresh: the run folder is about to be set aside.
     """
-    folder = config.model.init_from
+    folder, lora = config.model.init_from, config.model.lora
     if folder is None:
+        if lora is not None:
+            problems.append(
+                (
+                    "model.lora",
+                    f"rank {lora.rank}, but no model.init_from: the frozen weights would be random"
+                    " numbers; give a checkpoint, or leave model.lora out",
+                )
+            )
         return None
     try:
         start = _open(folder)
@@ -175,15 +183,15 @@ def verify_together(config: Config, start: Start) -> None:
 
 @torch.no_grad()
 def take_weights(model: nn.Module, start: Start, mesh: Mesh) -> None:
-    """Copy the checkpoint's weights into the model, this rank's part of each.
+    """Copy the checkpoint's weights into the model, this rank's part of each, one at a time.
 
-    Whole tensors exist one at a time, on the host. Call it before an engine takes the model.
+    Call it before an engine takes the model.
     """
     weights = MergedWeights(start.path, start.manifest)
     known = set(weights.names)
     for name, parameter in model.named_parameters():
         if name in known:
-            parameter.copy_(cut_of(parameter).take(weights[name], mesh.tp, mesh.tp_rank))
+            parameter.copy_(weights.part(name, cut_of(parameter), mesh.tp, mesh.tp_rank))
 
 
 def describe_start(start: Start, model: Decoder) -> str:

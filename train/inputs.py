@@ -21,15 +21,6 @@ from train.reading import model_vocab_size
 FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
 """What cannot change in the middle of a run: shapes of the weights, and which sample is which."""
 
-SAME_LAYOUT = (
-    "parallel.tp",
-    "parallel.cp",
-    "parallel.zero",
-    "parallel.layout",  # a window's keys are those of a rank's own tokens
-    "train.micro_batch",
-)
-"""What cannot change yet: which rank saved what."""
-
 MEMORY = "model.memory.name"
 
 FREE = ("random_state_passing", "gate_lr", "search_from")
@@ -71,7 +62,7 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
         problems += _tokenizer_problems(config, train, valid)
     newest, start = None if fresh else newest_manifest(config.run_dir / "checkpoints"), None
     if newest is not None:
-        problems += checkpoint_problems(config, newest, world_size)
+        problems += checkpoint_problems(config, newest)
         if train is not None and newest.data != train.fingerprint:
             problems.append(
                 (
@@ -153,9 +144,7 @@ def newest_manifest(folder: Path) -> Manifest | None:
     return None
 
 
-def checkpoint_problems(
-    config: Config, manifest: Manifest, world_size: int
-) -> list[tuple[str, str]]:
+def checkpoint_problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
     """Return (field, message) for what keeps this configuration from going on from a checkpoint."""
     saved, now = _flat(manifest.config), _flat(config.model_dump(mode="json"))
     if saved[MEMORY] != now[MEMORY]:  # then the keys of each are missing in the other: one problem
@@ -177,16 +166,6 @@ def checkpoint_problems(
                     " give another name, or --fresh to begin again",
                 )
             )
-        elif name in SAME_LAYOUT:
-            problems.append(
-                (name, f"{after}, but the checkpoints were saved with {before}; set it back")
-            )
-    ranks = len(manifest.files)
-    if not problems and ranks != world_size:
-        problems.append(
-            ("world size", f"{world_size}, but the checkpoints were saved by {ranks} ranks; start"
-             f" {ranks}")
-        )  # fmt: skip
     return problems
 
 

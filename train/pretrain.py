@@ -103,8 +103,8 @@ class Pretraining:
             self.held_out = self._open_held_out()
             self._announce(state)
             finished = self._train(state)
-            if self.folder.saved_at != state.step:
-                self._save(state)
+            self.folder.save_now(state)
+            self._tell_saved()
             if finished:
                 self._finish(state)
             else:
@@ -146,6 +146,7 @@ class Pretraining:
                 self._check_finite(state, result)
                 if state.step % config.checkpoint.every == 0:
                     self._save(state)
+                self._tell_saved()
                 if state.step == config.train.steps:
                     break  # the last evaluation is `_finish`'s
                 every = config.train.eval_every
@@ -202,7 +203,7 @@ class Pretraining:
         self.progress.say(text)
         self.tracker.event(text, state.step)
         if state.skipped >= max(1, self.config.train.max_nonfinite):
-            self._save(state)
+            self.folder.save_now(state)
             raise FloatingPointError(
                 f"{state.skipped} steps in a row had a gradient that is not finite"
                 f" (train.max_nonfinite={self.config.train.max_nonfinite}), the last on samples"
@@ -212,10 +213,20 @@ class Pretraining:
 
     def _save(self, state: TrainState) -> None:
         began = time.perf_counter()
-        path = self.folder.save(state)
-        seconds = time.perf_counter() - began
-        self.progress.say(f"saved {path} in {seconds:.2f} s")
-        self.tracker.metrics({"save_s": seconds}, state.step)
+        self.folder.save(state)
+        self.tracker.metrics({"save_stall_s": time.perf_counter() - began}, state.step)
+
+    def _tell_saved(self) -> None:
+        """Say how a save ended, once it has."""
+        save = self.folder.saver.news()
+        if save is None:
+            return
+        if save.error is not None:
+            self.progress.say(f"step {save.step}: {save.error}")
+            self.tracker.event(f"not saved: {save.error}", save.step)
+            return
+        self.progress.say(f"saved {save.path} in {save.seconds:.2f} s")
+        self.tracker.metrics({"save_s": save.seconds}, save.step)
 
     def _finish(self, state: TrainState) -> None:
         held_out = self.held_out

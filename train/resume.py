@@ -8,8 +8,10 @@ summary.png      the end of the run            DONE        written when all step
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from train import checkpoint, snapshot
 from train.build import Built
 from train.config import Config
 from train.loop import TrainState
+from train.saver import Saver
+from train.stored import Stored
 
 
 class RunFolder:
@@ -28,7 +32,14 @@ class RunFolder:
     def __init__(self, config: Config, built: Built, mesh: Mesh, data: str) -> None:
         self.config, self.built, self.mesh, self.data = config, built, mesh, data
         self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
-        self.saved_at: int | None = None
+        self.saved_at: int | None = None  # the newest step that is saved or being saved
+        self.saver = Saver(
+            self.checkpoints,
+            timeout=timedelta(seconds=config.parallel.timeout_s),
+            max_failures=config.checkpoint.max_failures,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+            committed=self._retain,
+        )
 
     def resume(self, say: Callable[[str], None]) -> TrainState:
         """Return the state of the newest good checkpoint, put back; without one a new state."""
@@ -41,8 +52,8 @@ class RunFolder:
             state = TrainState()
         else:
             path, manifest = found
-            tensors = checkpoint.load_tensors(path, self.mesh.rank)
-            state = snapshot.restore(self.built, self.mesh, manifest, tensors)
+            stored = Stored(path, manifest)
+            state = snapshot.restore(self.built, self.mesh, self.config, stored, say)
             self.saved_at = state.step
             say(f"resumed at step {state.step} from {path}")
         if self.mesh.rank == 0:
@@ -51,22 +62,36 @@ class RunFolder:
             self._forget_rows_after(state.step)
         return state
 
-    def save(self, state: TrainState) -> Path:
-        """Write a checkpoint of every rank's share, then delete the ones no longer kept."""
-        tensors = snapshot.collect(self.built, self.mesh, state)
-        path = checkpoint.save(
-            self.checkpoints,
-            tensors,
-            lambda files: snapshot.describe(
-                self.config, self.built, self.mesh, state, self.data, files
-            ),
-            step=state.step,
-        )
+    def save(self, state: TrainState) -> None:
+        """Copy every rank's share; it is written beside training, or now if so configured.
+
+        Raises OSError after too many failures in a row.
+        """
+        tensors = snapshot.collect(self.built, self.mesh, state, self.config)
+        manifest = snapshot.describe(self.config, self.built, self.mesh, state, self.data)
+        self.saver.start(tensors, manifest)
         self.saved_at = state.step
-        if self.mesh.rank == 0:
-            kept = self.config.checkpoint
-            checkpoint.retain(self.checkpoints, keep=kept.keep, keep_every=kept.keep_every)
-        return path
+        if not self.config.checkpoint.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the running save has ended; one that failed does not count as saved."""
+        result = self.saver.finish()
+        if result is not None and result.error is not None:
+            self.saved_at = None
+
+    def save_now(self, state: TrainState) -> None:
+        """Return when this state is saved, as it may be already; raises OSError where it cannot."""
+        self.wait()
+        if self.saved_at != state.step:
+            self.save(state)
+            self.wait()
+        if self.saved_at != state.step:
+            raise OSError(f"the checkpoint of step {state.step} could not be saved, see above")
+
+    def _retain(self) -> None:
+        kept = self.config.checkpoint
+        checkpoint.retain(self.checkpoints, keep=kept.keep, keep_every=kept.keep_every)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to log.jsonl (rank 0)."""

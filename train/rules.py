@@ -87,15 +87,6 @@ def _lora_rank(rank: int, hidden_size: int) -> str | None:
     )
 
 
-def _lora_without_weights(rank: int, init_from: object) -> str | None:
-    if init_from is not None:
-        return None
-    return (
-        f"rank {rank}, but no model.init_from: the frozen weights would be random numbers; give a"
-        " checkpoint, or leave model.lora out"
-    )
-
-
 # lengths
 
 
@@ -263,7 +254,6 @@ RULES: tuple[Rule, ...] = (
     Rule("model.head_dim", ("model.head_dim", "model.hidden_size", _HEADS), _head_dim),
     *PRETRAINED_RULES,
     Rule(_RANK, (_RANK, "model.hidden_size"), _lora_rank),
-    Rule("model.lora", (_RANK, "model.init_from"), _lora_without_weights),
     *MEMORY_RULES,
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
     Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),

@@ -302,6 +302,17 @@ class CheckpointSection(Section):
         " evaluation later. A multiple of checkpoint.every; left out, none.",
     )
 
+    asynchronous: bool = Field(
+        default=True,
+        description="Write beside training, which waits only for the copy to host memory. Off,"
+        " training waits until the checkpoint is on disk.",
+    )
+    max_failures: Count = Field(
+        default=3,
+        description="Saves in a row that may fail (a full or failing disk; each is tried four times"
+        " and told) before the run stops.",
+    )
+
 
 class TrackingSection(Section):
     """MLflow. It can neither stall nor stop training: what cannot be sent waits on disk."""

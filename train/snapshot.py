@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.config import HmtMemory
 from model.decoder import Decoder
-from model.memory.base import Carried, State, named_parts, named_tensors
+from model.memory.base import Axes, Carried, named_axes, named_tensors
 from parallel.mesh import Mesh
 from parallel.tensor import cut_of
 from train.build import Built, to_compute_config, to_model_config
-from train.checkpoint import BadCheckpoint, Manifest, MasterWeights, choose_checkpoint
+from train.checkpoint import BadCheckpoint, Manifest, choose_checkpoint
 from train.config import Config, apply_overrides, parse_overrides, validate
 from train.loop import TrainState
+from train.stored import Part, Place, Stored
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "longhaul")
 
 
-def collect(built: Built, mesh: Mesh, state: TrainState) -> dict[str, Tensor]:
-    """Return this rank's share of everything that training goes on from, by name."""
+def collect(built: Built, mesh: Mesh, state: TrainState, config: Config) -> dict[str, Tensor]:
+    """Return this rank's share of everything that training goes on from, by name (see Stored)."""
     tensors = {
         f"{kind}/{fragment.name}@{fragment.start}": values
         for fragment in built.engine.fragments()
         for kind, values in fragment.values.items()
     }
     for index, memory in state.memory.items():
-        tensors |= named_tensors(memory, f"memory/{index}")
-    if state.passed is not None:
+        lane = lanes_of(config, mesh, index).start
+        axes = named_axes(memory, "memory")
+        tensors |= {
+            f"{name}@{lane}": tensor
+            for name, tensor in named_tensors(memory, "memory").items()
+            if _is_mine(axes[name], mesh)
+        }
+    if state.passed is not None and mesh.rank == 0:
         tensors |= named_tensors(state.passed, "passed")
     tensors["random/cpu"] = torch.get_rng_state()
     if mesh.device.type == "cuda":
@@ -42,33 +48,82 @@ def collect(built: Built, mesh: Mesh, state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(built: Built, mesh: Mesh, manifest: Manifest, tensors: dict[str, Tensor]) -> TrainState:
-    """Put a share back where `collect` took it; return the state it was taken at.
+def _is_mine(axes: Axes, mesh: Mesh) -> bool:
+    """Return whether this rank saves a tensor: of those that are alike, the first rank's."""
+    return (axes.heads is not None or not mesh.tp_rank) and (
+        axes.tokens is not None or not mesh.cp_rank
+    )
 
-    Raises BadCheckpoint where the share is not one of this model in this layout.
+
+def lanes_of(config: Config, mesh: Mesh, index: int) -> range:
+    """Return the lanes of this rank's micro-batch."""
+    count = config.train.micro_batch
+    first = mesh.dp_rank * (config.train.batch_size // mesh.dp) + index * count
+    return range(first, first + count)
+
+
+def restore(
+    built: Built, mesh: Mesh, config: Config, stored: Stored, say: Callable[[str], None]
+) -> TrainState:
+    """Put a checkpoint of any layout into the model and its optimizer; return its training state.
+
+    Raises BadCheckpoint where it is not one of this model.
     """
-    for fragment in built.engine.fragments():
-        for kind, values in fragment.values.items():
-            name = f"{kind}/{fragment.name}@{fragment.start}"
-            saved = tensors.pop(name, None)
-            if saved is None or saved.shape != values.shape:
-                raise BadCheckpoint(f"no {name} of {values.numel()} elements in the checkpoint")
-            values.copy_(saved)
+    manifest = stored.manifest
+    _restore_weights(built, mesh, stored)
     built.engine.restore(manifest.updates)
-    torch.set_rng_state(tensors.pop("random/cpu"))
-    cuda_random = tensors.pop("random/cuda", None)  # absent where a CPU run goes on with GPUs
-    if mesh.device.type == "cuda" and cuda_random is not None:
-        torch.cuda.set_rng_state(cuda_random, mesh.device)
+    _restore_random(mesh, stored)
     state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates))
-    for index in sorted(
-        {int(name.split("/")[1]) for name in tensors if name.startswith("memory/")}
-    ):
-        template = empty_state(built.model)
-        state.memory[index] = _fill(template, tensors, f"memory/{index}")
-    if any(name.startswith("passed/") for name in tensors):
-        start = built.model.memory.handed_on(empty_state(built.model))
-        state.passed = _fill(start, tensors, "passed")
+    template = empty_state(built.model)
+    if stored.has_memory:
+        here = Place(mesh.tp, mesh.tp_rank, mesh.cp, mesh.cp_rank, config.parallel.layout)
+        for index in range(config.train.batch_size // mesh.dp // config.train.micro_batch):
+            lanes = lanes_of(config, mesh, index)
+            state.memory[index] = stored.memory(template, lanes, here)
+    state.passed = stored.passed(built.model.memory.handed_on(template))
+    if manifest.layout != layout_of(config, mesh):
+        say(f"saved as {_words(manifest.layout)}, goes on as {_words(layout_of(config, mesh))}")
     return state
+
+
+def _words(layout: Mapping[str, int]) -> str:
+    return " ".join(f"{name} {value}" for name, value in layout.items())
+
+
+def _restore_weights(built: Built, mesh: Mesh, stored: Stored) -> None:
+    cuts = {name: cut_of(parameter) for name, parameter in built.model.named_parameters()}
+    for name, parameter in built.model.named_parameters():
+        shape = cuts[name].whole_shape(shape_of(parameter), mesh.tp)
+        if name not in stored.manifest.parameters:
+            raise BadCheckpoint(f"{stored.checkpoint} has no {name}")
+        if stored.whole_shape(name) != shape:
+            raise BadCheckpoint(
+                f"{stored.checkpoint}: {name} is {list(stored.whole_shape(name))},"
+                f" the model's is {list(shape)}"
+            )
+    for fragment in built.engine.fragments():
+        name, stop = fragment.name, fragment.start + fragment.numel
+        wanted = Part(cuts[name], mesh.tp, mesh.tp_rank, slice(fragment.start, stop))
+        for kind, values in fragment.values.items():
+            if stored.manifest.updates == 0 and not stored.has(kind, name):
+                values.zero_()  # imported weights have no moments
+            else:
+                values.copy_(stored.part(kind, name, wanted))
+
+
+def _restore_random(mesh: Mesh, stored: Stored) -> None:
+    state = stored.random("cpu", mesh.rank)
+    if state is not None:
+        torch.set_rng_state(state)
+    on_gpu = stored.random("cuda", mesh.rank)  # absent where a CPU run goes on with GPUs
+    if mesh.device.type == "cuda" and on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, mesh.device)
+
+
+def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return a parameter's shape on this rank; under ZeRO 3 it is empty itself between uses."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def describe(
@@ -77,15 +132,12 @@ def describe(
     mesh: Mesh,
     state: TrainState,
     data: str,
-    files: dict[str, dict[str, Any]],
 ) -> Manifest:
-    """Return the manifest of a checkpoint taken now."""
+    """Return the manifest of a checkpoint taken now, but for its files."""
     parameters = {}
     for name, parameter in built.model.named_parameters():
-        cut = cut_of(parameter)
-        # Under ZeRO 3 the parameter itself is empty between uses.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        parameters[name] = {"shape": list(shape), "dim": cut.dim, "stride": cut.stride}
+        cut, shape = cut_of(parameter), list(shape_of(parameter))
+        parameters[name] = {"shape": shape, "dim": cut.dim, "stride": cut.stride}
     return Manifest(
         step=state.step,
         position=state.step * config.train.batch_size,
@@ -98,7 +150,7 @@ def describe(
         parameters=parameters,
         versions={"python": platform.python_version()}
         | {package: metadata.version(package) for package in PACKAGES},
-        files=files,
+        files={},
     )
 
 
@@ -127,10 +179,10 @@ def load_model(
             model_config = replace(model_config, memory=replace(memory, search_from=None))
         model = Decoder(model_config, compute=to_compute_config(config))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    weights = MasterWeights(path, manifest)
+    stored = Stored(path, manifest)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            saved = weights[name] if name in manifest.parameters else None
+            saved = stored.whole(name) if name in manifest.parameters else None
             if saved is None or saved.shape != parameter.shape:
                 raise ValueError(
                     f"{path} has no {name} of {list(parameter.shape)}: a change of the memory that"
@@ -151,18 +203,3 @@ def empty_state(model: Decoder) -> Carried:
     token = torch.zeros((1, 1, 1), dtype=torch.int64, device=next(model.parameters()).device)
     starts = torch.ones_like(token[..., 0], dtype=torch.bool)
     return model.empty(model.segments(token.expand(1, 1, 2), starts, fresh=True))
-
-
-def _fill(template: State, tensors: dict[str, Tensor], prefix: str) -> State:
-    """Return a state shaped as the template with the tensors named under prefix."""
-    if isinstance(template, Tensor):
-        if prefix not in tensors:
-            raise BadCheckpoint(f"no {prefix} in the checkpoint: saved with another memory")
-        # another type where train.precision was changed; a store of blocks stays on the host
-        # Another type where train.precision was changed; some memories keep a part on the host.
-        return tensors[prefix].to(template.device, template.dtype)
-    filled = {n: _fill(part, tensors, f"{prefix}/{n}") for n, part in named_parts(template)}
-    if isinstance(template, dict):
-        return filled
-    values = filled.values()
-    return list(values) if isinstance(template, list) else type(template)(*values)

@@ -104,5 +104,5 @@ def _bytes(name: str, tensor: Tensor, spec: Spec) -> list[memoryview]:
             f" announced as {spec.dtype} {list(spec.shape)}"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    content = memoryview(flat.view(torch.uint8).numpy())
+    content = flat.view(torch.uint8).numpy().data
     return [content[i : i + _CHUNK_BYTES] for i in range(0, len(content), _CHUNK_BYTES)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,16 @@ Initial = Any
 
 Opened = Any
 """What tokens read of a part: a NamedTuple of tensors, [B, ...] or, for N segments, [B, N, ...]."""
+
+
+class Axes(NamedTuple):
+    """Which dimensions of a state's tensor are cut over ranks, as `Annotated` beside its shape.
+
+    A tensor without is the same on all ranks of a data-parallel place.
+    """
+
+    heads: int | None = None  # over tensor-parallel ranks, in order
+    tokens: int | None = None  # over context-parallel ranks, by the sequence's layout
 
 
 class Carried(NamedTuple):
@@ -112,6 +122,46 @@ def named_tensors(state: State, prefix: str) -> dict[str, Tensor]:
     for name, part in named_parts(state):
         found |= named_tensors(part, f"{prefix}/{name}")
     return found
+
+
+def named_axes(state: State, prefix: str) -> dict[str, Axes]:
+    """Return how each of the state's tensors is cut over ranks, by the paths of `named_tensors`."""
+    if isinstance(state, Tensor):
+        return {prefix: Axes()}
+    hints = {}
+    if not isinstance(state, list | dict):
+        hints = get_type_hints(type(state), include_extras=True)
+    found: dict[str, Axes] = {}
+    for name, part in named_parts(state):
+        marks = getattr(hints.get(name), "__metadata__", ())
+        axes = next((mark for mark in marks if isinstance(mark, Axes)), None)
+        path = f"{prefix}/{name}"
+        found |= named_axes(part, path) if axes is None else {path: axes}
+    return found
+
+
+def take_rows(state: State, rows: slice) -> State:
+    """Return the state of some of its streams."""
+    return map_tensors(lambda tensor: tensor[rows], state)
+
+
+def join_rows(states: Items[State]) -> State:
+    """Return the state of all streams of several states, one after the other.
+
+    A state that is more than tensors side by side has a `join_rows` of its own.
+    """
+    first = states[0]
+    if len(states) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(states))
+    own = getattr(type(first), "join_rows", None)
+    if own is not None:
+        return own(states)
+    if isinstance(first, dict):
+        return {name: join_rows([state[name] for state in states]) for name in first}
+    parts = [join_rows(part) for part in zip(*states, strict=True)]
+    return parts if isinstance(first, list) else type(first)(*parts)
 
 
 def named_parts(state: State) -> Iterable[tuple[Any, State]]:

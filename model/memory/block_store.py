@@ -12,12 +12,14 @@ read, lie where `allocate` puts them: host memory, or a file mapped into it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
+
+from model.memory.base import Axes
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Returns a contiguous CPU tensor of a shape and type; what it holds does not matter."""
@@ -53,9 +55,11 @@ class BlockStore(NamedTuple):
     document is younger has its first blocks hidden.
     """
 
-    landmarks: Tensor  # [B, Hkv, C, K]: keys of landmarks, on the queries' device
-    k: Tensor  # [B, C, Hkv, block - 1, K]: keys of regular tokens, see Allocate
-    v: Tensor  # [B, C, Hkv, block - 1, K]
+    # Keys of landmarks, on the queries' device: [B, Hkv, C, K]
+    landmarks: Annotated[Tensor, Axes(heads=1)]
+    # Keys and values of regular tokens, see Allocate: [B, C, Hkv, block - 1, K]
+    k: Annotated[Tensor, Axes(heads=2)]
+    v: Annotated[Tensor, Axes(heads=2)]
     end: Tensor  # [B] int64, CPU, all equal: blocks in the store
     taken: Tensor  # [B] int64, CPU: blocks anyone wrote to these buffers; shared, and written to
     first: Tensor  # [B] int64: the oldest block that the row may read
@@ -70,6 +74,28 @@ class BlockStore(NamedTuple):
     def num_blocks(self) -> int:
         """Blocks in the store, hidden ones too."""
         return int(self.end[0])
+
+    @staticmethod
+    def join_rows(stores: Sequence[BlockStore]) -> BlockStore:
+        """Return the streams of several stores as one: their newest blocks side by side."""
+        count = max(store.num_blocks for store in stores)
+        padded = [_padded(store, count - store.num_blocks) for store in stores]
+        return BlockStore(*(torch.cat(tensors) for tensors in zip(*padded, strict=True)))
+
+
+def _padded(store: BlockStore, missing: int) -> BlockStore:
+    """Return the store with so many hidden blocks before its own, and no room behind."""
+    count = store.num_blocks
+
+    def pad(x: Tensor, dim: int) -> Tensor:
+        shape = list(x.shape)
+        shape[dim] = missing
+        return torch.cat((x.new_zeros(shape), x.narrow(dim, 0, count)), dim)
+
+    end = torch.full_like(store.end, count + missing)
+    keys, values = pad(store.k, 1), pad(store.v, 1)
+    first, origin = store.first + missing, store.origin - missing
+    return BlockStore(pad(store.landmarks, 2), keys, values, end, end.clone(), first, origin)
 
 
 def empty_store(batch: int, kv_heads: int, block: int, like: Tensor) -> BlockStore:

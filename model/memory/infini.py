@@ -15,7 +15,7 @@ the memory reads as 0, and the gate is applied all the same.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +24,15 @@ from torch.nn import functional
 from model.config import InfiniMemory, ModelConfig
 from model.interfaces import Linears, Segments
 from model.layers import starts_at
-from model.memory.base import Block, Initial, Part, PartMemory, Tokens
+from model.memory.base import Axes, Block, Initial, Part, PartMemory, Tokens
 from model.memory.scan import Item, scan, where_start
 
 
 class InfiniState(NamedTuple):
     """A layer's matrices and their norms, float32 or wider."""
 
-    memory: Tensor  # [B, Hkv, K, K]: key features by value features
-    norm: Tensor  # [B, Hkv, K]
+    memory: Annotated[Tensor, Axes(heads=1)]  # [B, Hkv, K, K]: key features by value features
+    norm: Annotated[Tensor, Axes(heads=1)]  # [B, Hkv, K]
 
 
 def features(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ queries that depend on no past, so the whole past is one softmax, updated in O(1
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from model.attention import merge
 from model.config import AbcMemory, CmabMemory, ModelConfig
 from model.fold import Piece
 from model.interfaces import Linears, Segments
-from model.memory.base import Block, Initial, Part, PartMemory, Projected, Tokens
+from model.memory.base import Axes, Block, Initial, Part, PartMemory, Projected, Tokens
 from model.memory.scan import Item, scan, where_start
 from model.rope import rotate
 
@@ -31,8 +31,8 @@ from model.rope import rotate
 class SlotState(NamedTuple):
     """Running means of a layer, float32 or wider."""
 
-    means: Tensor  # [B, Hkv, m, 2 K]: of keys and values
-    lse: Tensor  # [B, Hkv, m]: log of the weight they have; -inf: nothing written
+    means: Annotated[Tensor, Axes(heads=1)]  # [B, Hkv, m, 2 K]: of keys and values
+    lse: Annotated[Tensor, Axes(heads=1)]  # [B, Hkv, m]: log of their weight; -inf: nothing written
 
 
 class SlotPart(Part):

@@ -6,21 +6,21 @@ itself: a staircase of M*S+1 .. (M+1)*S keys. No stop-gradient (TransformerFAM, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.interfaces import Segments
-from model.memory.base import Block, Projected, Tokens
+from model.memory.base import Axes, Block, Projected, Tokens
 from model.rope import rotate
 
 
 class WindowState(NamedTuple):
     """The keys and values of the last M segments, before RoPE, and how many are this document's."""
 
-    k: Tensor  # [B, M, S, Hkv, K]
-    v: Tensor
+    k: Annotated[Tensor, Axes(heads=3, tokens=2)]  # [B, M, S, Hkv, K]
+    v: Annotated[Tensor, Axes(heads=3, tokens=2)]
     age: Tensor  # [B] int64: segments of the document read so far
 
 

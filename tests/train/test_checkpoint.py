@@ -1,36 +1,27 @@
-"""Checkpoints are complete or invisible, what damages one is found and named, none is pickled."""
+"""What damages a checkpoint is found and named, the newest good one is taken; what is kept."""
 
 import json
 import os
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tests.train.attempts import forked
+from tests.train.saves import saved
 from tests.train.tiny import Shards, build_tiny, tiny
-from train import checkpoint
 from train.checkpoint import (
     BadCheckpoint,
-    Manifest,
-    MasterWeights,
     choose_checkpoint,
     find_newest_good,
     list_checkpoints,
     read_manifest,
     remove_unfinished,
     retain,
-    save,
     set_aside_after,
     verify,
 )
@@ -38,164 +29,17 @@ from train.config import Config, validate
 from train.loop import TrainState
 from train.resume import RunFolder
 from train.snapshot import read_model
+from train.stored import Stored
 
 pytestmark = pytest.mark.gloo
-
-
-def describe(step: int) -> Callable[[dict[str, dict[str, Any]]], Manifest]:
-    def make(files: dict[str, dict[str, Any]]) -> Manifest:
-        return Manifest(
-            step=step,
-            position=4 * step,
-            updates=step,
-            nonfinite=0,
-            layout={"tp": 1, "cp": 1, "dp": 2, "zero": 1},
-            config={"train": {"lr": 0.1}},
-            data="fingerprint",
-            vocab_size=257,
-            parameters={},
-            versions={},
-            files=files,
-        )
-
-    return make
-
-
-def save_step(folder: Path, step: int) -> Path:
-    """Save tensors that tell their rank and step."""
-    value = 100.0 * step + dist.get_rank()
-    return save(folder, {"a/b": torch.full((64,), value)}, describe(step), step=step)
-
-
-def save_steps(folder: Path, *steps: int) -> None:
-    for step in steps:
-        save_step(folder, step)
-
-
-def saved(folder: Path, *steps: int, ranks: int = 2) -> list[Path]:
-    """Return the paths of checkpoints saved by so many ranks."""
-    run_ranks(ranks, save_steps, folder, *steps)
-    return [folder / f"step-{step:08d}" for step in steps]
 
 
 def find(folder: Path) -> tuple[str | None, list[str]]:
     """Return the name of the newest good checkpoint, and what was said."""
     said: list[str] = []
-    found = find_newest_good(folder, said.append)
+    # but for the rate, which is a rank's own
+    found = find_newest_good(folder, lambda text: said.append(text.split(": 0.")[0]))
     return (found[0].name if found else None), said
-
-
-# saving
-
-
-def test_a_saved_checkpoint_holds_every_ranks_tensors(tmp_path: Path) -> None:
-    (path,) = saved(tmp_path, 7)
-    manifest = verify(path)
-    assert (manifest.step, manifest.position, manifest.updates) == (7, 28, 7)
-    assert sorted(manifest.files) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    for rank in range(2):
-        tensors = checkpoint.load_tensors(path, rank)
-        assert torch.equal(tensors["a/b"], torch.full((64,), 700.0 + rank))
-
-
-def test_the_pointer_names_the_newest(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2)
-    assert (tmp_path / "latest").read_text() == "step-00000002"
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001", "step-00000002"]
-
-
-def test_nothing_is_pickled(tmp_path: Path) -> None:
-    (path,) = saved(tmp_path, 1)
-    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
-    for file in path.glob("*.safetensors"):
-        load_file(file)  # knows no pickle
-    json.loads((path / "manifest.json").read_text())
-
-
-def save_twice(folder: Path) -> float:
-    save_step(folder, 1)
-    path = save(folder, {"a/b": torch.full((64,), 5.0)}, describe(1), step=1)
-    return checkpoint.load_tensors(path, dist.get_rank())["a/b"][0].item()
-
-
-def test_a_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
-    assert run_ranks(2, save_twice, tmp_path) == [5.0, 5.0]
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001"]
-
-
-# killed while saving
-
-
-@contextmanager
-def dying(name: str, call: int) -> Iterator[None]:
-    """End this process by SIGKILL inside call number `call` of a function of train.checkpoint."""
-    original, calls = getattr(checkpoint, name), [0]
-
-    def die(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            if name == "save_file":  # in the middle of the write
-                Path(args[1]).write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(checkpoint, name, die)
-    yield
-    setattr(checkpoint, name, original)
-
-
-def save_then_die(folder: Path, name: str, call: int, rank: int) -> None:
-    save_step(folder, 1)
-    if dist.get_rank() == rank:
-        with dying(name, call):
-            save_step(folder, 2)
-    save_step(folder, 2)  # fails: a peer is gone
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_inside_a_save_leaves_no_checkpoint(rank: int, tmp_path: Path) -> None:
-    with forked(2, tmp_path, save_then_die, tmp_path, "save_file", 1, rank) as attempt:
-        codes = attempt.wait()
-    assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] == 1  # it does not wait for ever, nor go on alone
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
-    assert run_ranks(2, find, tmp_path) == [("step-00000001", [])] * 2
-    assert remove_unfinished(tmp_path) == ["step-00000002.tmp"]
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001"]
-
-
-@pytest.mark.parametrize("call", range(1, 6))
-def test_wherever_a_save_is_killed_checkpoints_are_complete_or_invisible(
-    call: int, tmp_path: Path
-) -> None:
-    # calls of _sync: the share, the manifest, the folder, the pointer, the parent folder
-    with forked(1, tmp_path, save_then_die, tmp_path, "_sync", call, 0) as attempt:
-        assert attempt.wait() == [-signal.SIGKILL]
-    steps = [verify(path).step for path in list_checkpoints(tmp_path)]
-    assert steps == ([1] if call <= 3 else [1, 2])
-    remove_unfinished(tmp_path)
-    saved(tmp_path, 2, ranks=1)  # the next attempt can
-    assert [verify(path).step for path in list_checkpoints(tmp_path)] == [1, 2]
-
-
-def save_on_a_full_disk(folder: Path, full_rank: int) -> str:
-    if dist.get_rank() == full_rank:
-        # a real failure of write(2), as a full disk gives
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    try:
-        save_step(folder, 3)
-    except OSError as error:
-        return str(error)
-    return "saved"
-
-
-@pytest.mark.parametrize("full_rank", [0, 1])
-def test_a_disk_full_on_one_rank_is_raised_on_all(full_rank: int, tmp_path: Path) -> None:
-    first, second = run_ranks(2, save_on_a_full_disk, tmp_path, full_rank)
-    assert first == second
-    assert first.startswith(f"checkpoint not saved: rank {full_rank}: ")
-    assert "File too large" in first
-    assert list_checkpoints(tmp_path) == []
 
 
 # damage
@@ -267,7 +111,7 @@ def change_manifest(path: Path) -> str:
 def other_format(path: Path) -> str:
     file = path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    return "step-00000020: format 99, this longhaul reads format 1"
+    return "step-00000020: format 99, this longhaul reads format 2"
 
 
 FAULTS = [
@@ -321,7 +165,8 @@ def test_a_fault_is_named_and_the_checkpoint_before_taken(
     name, said = first
     assert name == "step-00000010"
     assert said[0].startswith("checkpoint not used: ") and text in said[0]
-    assert said[1:] == ["resuming from step 10: 10 steps are lost"]
+    assert said[1].startswith("verified ") and "step-00000010" in said[1]
+    assert said[2:] == ["resuming from step 10: 10 steps are lost"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -347,8 +192,10 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused(
         choose_checkpoint(path)
 
 
-def test_a_good_checkpoint_is_taken_without_a_word(two_checkpoints: Path) -> None:
-    assert run_ranks(2, find, two_checkpoints) == [("step-00000020", [])] * 2
+def test_a_good_checkpoint_is_taken(two_checkpoints: Path) -> None:
+    for name, said in run_ranks(2, find, two_checkpoints):
+        assert name == "step-00000020"
+        assert len(said) == 1 and said[0].startswith("verified ")
 
 
 def test_no_checkpoint_is_a_beginning(tmp_path: Path) -> None:
@@ -432,7 +279,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 
 def save_at_the_beginning(config: Config) -> None:
     built, mesh, inputs = build_tiny(config)
-    RunFolder(config, built, mesh, inputs.train.fingerprint).save(TrainState())
+    RunFolder(config, built, mesh, inputs.train.fingerprint).save_now(TrainState())
 
 
 def weights_at_the_beginning(name: str, folder: Path, shards: Shards) -> dict[str, Tensor]:
@@ -469,11 +316,11 @@ def test_a_missing_share_is_found_when_joining(tmp_path: Path, shards: Shards) -
     alone = {name: entry for name, entry in manifest.files.items() if "00000" in name}
     manifest.files.clear()
     manifest.files.update(alone)
-    weights = MasterWeights(path, manifest)
+    stored = Stored(path, manifest)
     missing = 0
     for name in manifest.parameters:
         try:
-            weights[name]
+            stored.whole(name)
         except BadCheckpoint as error:
             missing += 1
             assert name in str(error)

@@ -56,7 +56,7 @@ def live(raw: dict[str, Any]) -> Life:
     batches = read_steps(config, made[2], made[1], 4)
     state = TrainState()
     results = list(train_steps(config, made[0], made[1], state, batches[:2]))
-    folder(config, made).save(state)
+    folder(config, made).save_now(state)
     losses = held_out(config, made)
     again = build_tiny(config)
     resumed = folder(config, again).resume(lambda text: None)

@@ -23,7 +23,7 @@ from tests.train.test_inputs import assert_says, lines, one_line
 from tests.train.test_resume import kill_while_at
 from tests.train.tiny import Shards, build_tiny, tiny
 from train.build import to_model_config
-from train.checkpoint import MasterWeights, choose_checkpoint, read_manifest
+from train.checkpoint import choose_checkpoint, read_manifest
 from train.config import Config, validate
 from train.inputs import open_inputs
 from train.loop import TrainState
@@ -31,6 +31,7 @@ from train.merged import MergedWeights
 from train.pretrain import build_from
 from train.resume import RunFolder
 from train.snapshot import read_model
+from train.stored import Stored
 
 pytestmark = pytest.mark.gloo
 
@@ -109,8 +110,8 @@ def test_every_layout_starts_and_goes_on_alike(
 
 def whole_weights(run: Path) -> dict[str, Tensor]:
     path, manifest = choose_checkpoint(run)
-    weights = MasterWeights(path, manifest)
-    return {name: weights[name] for name in manifest.parameters}
+    stored = Stored(path, manifest)
+    return {name: stored.whole(name) for name in manifest.parameters}
 
 
 def test_the_log_names_what_came_from_where(
@@ -202,6 +203,28 @@ def test_a_killed_run_with_adapters_goes_on_bit_for_bit(
     assert_same_bits(broken.run_dir, whole.run_dir, STEPS)
 
 
+@pytest.mark.parametrize(
+    "legs",
+    [
+        ((2, {"parallel__tp": 2}), (2, {"parallel__zero": 3}), (1, {})),
+        ((2, {"parallel__zero": 3}), (2, {"parallel__cp": 2}), (2, {"parallel__tp": 2})),
+    ],
+    ids=["tp2 dp2-zero3 1", "dp2-zero3 cp2 tp2"],
+)
+def test_a_run_with_adapters_goes_on_at_any_layout(
+    legs: tuple[tuple[int, dict[str, object]], ...], tmp_path: Path, shards: Shards, base: Path
+) -> None:
+    settings: dict[str, object] = {"model__lora": LORA, "train__schedule": "constant"}
+    last = 2 * len(legs)
+    finish(1, validate(tuned(tmp_path / "whole", shards, base, train__steps=last, **settings)))
+    for number, (size, layout) in enumerate(legs, 1):
+        steps = {"train__steps": 2 * number}
+        finish(size, validate(tuned(tmp_path / "run", shards, base, **settings, **layout, **steps)))
+    found, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert [row[0] for row in found] == list(range(1, last + 1))
+    assert [row[1] for row in found] == [pytest.approx(row[1], rel=1e-6) for row in expected]
+
+
 # adapters
 
 
@@ -244,10 +267,10 @@ def test_the_merged_model_computes_what_the_adapted_one_does(adapted: Path) -> N
 
 
 def read_bare(model: Any, path: Path) -> Any:
-    weights = MasterWeights(path, read_manifest(path))
+    stored = Stored(path, read_manifest(path))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(stored.whole(name))
     return model
 
 
@@ -268,6 +291,14 @@ def test_a_run_that_starts_from_adapters_has_them_merged(
 
 def tuned_line(tmp_path: Path, shards: Shards, base: Path, **changes: object) -> str:
     return one_line(tuned(tmp_path / "run", shards, base, **changes))
+
+
+def test_adapters_without_weights(tmp_path: Path, shards: Shards, adapted: Path) -> None:
+    raw = tiny(tmp_path / "run", shards, model__lora={"rank": 4})
+    assert_says(one_line(raw), "model.lora: rank 4, but no model.init_from: ", "random numbers")
+    saved = tuned(adapted, shards, tmp_path, model__lora=LORA, parallel__tp=2)
+    del saved["model"]["init_from"]  # a run that has its weights needs none
+    assert open_inputs(validate(saved), world_size=2).start is None
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, shards: Shards) -> None:
@@ -358,7 +389,7 @@ def test_a_damaged_manifest(tmp_path: Path, shards: Shards, base: Path) -> None:
 
 def save_here(raw: dict[str, Any]) -> None:
     built, mesh, inputs = build_tiny(validate(raw))
-    RunFolder(validate(raw), built, mesh, inputs.train.fingerprint).save(TrainState(step=3))
+    RunFolder(validate(raw), built, mesh, inputs.train.fingerprint).save_now(TrainState(step=3))
 
 
 def test_the_folder_that_fresh_sets_aside(tmp_path: Path, shards: Shards) -> None:

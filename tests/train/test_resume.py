@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.train.attempts import (
+    Attempt,
     assert_same_bits,
     checkpoint_names,
     finish,
@@ -40,10 +41,18 @@ def pair(tmp_path: Path, shards: Shards, **changes: object) -> tuple[Config, Con
     return broken, validate(whole)
 
 
+def wait_for_checkpoint(attempt: Attempt, run_dir: Path, step: int) -> None:
+    """Return once the checkpoint of a step, written beside training, is there."""
+    path = run_dir / "checkpoints" / f"step-{step:08d}"
+    attempt.wait_for(lambda: step == 0 or path.exists())
+
+
 def kill_while_at(config: Config, size: int, step: int) -> None:
     """Start the run, and kill every rank once this step's row is written, before anything else."""
     with forked(size, config.run_dir, pretrain_holding, config, step) as attempt:
         attempt.wait_for_rows(step)
+        every = config.checkpoint.every
+        wait_for_checkpoint(attempt, config.run_dir, step // every * every)
         attempt.kill()
         assert attempt.codes == dict.fromkeys(attempt.ranks, -signal.SIGKILL)
 
@@ -84,10 +93,10 @@ def test_memory_is_carried_across_the_kill(tmp_path: Path, shards: Shards) -> No
     broken, _ = pair(tmp_path, shards)
     kill_while_at(broken, 1, HALF + 1)
     saved = tensors_of(broken.run_dir, HALF)["rank-00000.safetensors"]
-    ages = [saved[f"memory/{lane}/layers/0/window/age"].item() for lane in range(4)]
+    ages = [saved[f"memory/layers/0/window/age@{lane}"].item() for lane in range(4)]
     assert max(ages) > 4  # segments of one document: more than a sample has
     assert all(
-        saved[f"memory/{lane}/layers/1/parts/fam/slots"].abs().sum() > 0 for lane in range(4)
+        saved[f"memory/layers/1/parts/fam/slots@{lane}"].abs().sum() > 0 for lane in range(4)
     )
 
 
@@ -95,7 +104,7 @@ def test_random_state_passing_goes_on_bit_for_bit(tmp_path: Path, shards: Shards
     memory = {"name": "fam", "slots": 4, "window": 1, "random_state_passing": 0.5}
     broken, whole = pair(tmp_path, shards, model__memory=memory, **TWO_OF_EACH)
     kill_while_at(broken, 2, HALF + 1)
-    assert "passed/0/fam/slots" in tensors_of(broken.run_dir, HALF)["rank-00001.safetensors"]
+    assert "passed/0/fam/slots" in tensors_of(broken.run_dir, HALF)["rank-00000.safetensors"]
     finish(2, broken)
     finish(2, whole)
     assert_same_bits(broken.run_dir, whole.run_dir, STEPS)
@@ -119,6 +128,7 @@ def test_random_numbers_go_on(tmp_path: Path, shards: Shards) -> None:
     broken, whole = pair(tmp_path, shards)
     with forked(1, broken.run_dir, pretrain_drawing, broken, HALF + 1) as attempt:
         attempt.wait_for_rows(HALF + 1)
+        wait_for_checkpoint(attempt, broken.run_dir, HALF)
         attempt.kill()
     for config in (broken, whole):
         with forked(1, config.run_dir, pretrain_drawing, config, 0) as attempt:
@@ -239,6 +249,7 @@ def test_a_run_goes_on_in_another_precision(
 def kill_launched(size: int, folder: Path, raw: dict[str, Any], half: int) -> None:
     with launched(size, folder, raw) as attempt:
         attempt.wait_for_rows(half + 1)
+        wait_for_checkpoint(attempt, Path(raw["run_dir"]), half)
         attempt.kill()
     run_dir = Path(raw["run_dir"])
     assert checkpoint_names(run_dir) == ["latest", f"step-{half:08d}"], "the kill came too late"

@@ -203,12 +203,6 @@ FAM = {"name": "fam", "slots": 64}
             " above that; use at most 64, or leave model.lora out to train all weights",
         ),
         (
-            {"model__lora": {"rank": 8}},
-            None,
-            "model.lora: rank 8, but no model.init_from: the frozen weights would be random"
-            " numbers; give a checkpoint, or leave model.lora out",
-        ),
-        (
             {"train__eval_every": 10},
             None,
             "train.eval_every: 10 needs data.valid, which is not set; give a prepared"

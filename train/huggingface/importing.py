@@ -19,14 +19,12 @@ from typing import NamedTuple
 import torch
 
 from model.init import count_parameters
-from train.checkpoint import Manifest, seal
+from train.checkpoint import Manifest, begin, commit, share_name
 from train.config import Config
 from train.huggingface.folder import Opened, open_folder
 from train.huggingface.tokenizer_files import copy_beside, imported_words
 from train.snapshot import PACKAGES
 from train.tensor_file import Spec, write_tensors
-
-STEP = "step-00000000"
 
 
 class Imported(NamedTuple):
@@ -52,8 +50,7 @@ def import_folder(
     with new_folder(output) as work:
         shapes = {name: part.shape for name, part in opened.weights.parameters.items()}
         get, vocab_size = opened.weights.__getitem__, opened.model.vocab_size
-        write_checkpoint(work / "checkpoints" / STEP, opened.config, vocab_size, shapes, get)
-        (work / "checkpoints" / "latest").write_text(STEP)
+        write_checkpoint(work / "checkpoints", opened.config, vocab_size, shapes, get)
         if words is not None:
             copy_beside(words, source, work)
     return Imported(output, opened, count_parameters(opened.model))
@@ -91,12 +88,12 @@ def write_checkpoint(
     shapes: Mapping[str, tuple[int, ...]],
     get: Callable[[str], torch.Tensor],
 ) -> None:
-    """Write whole weights as the checkpoint of one process at step 0, without moments.
+    """Write whole weights into folder as the checkpoint of one process at step 0, without moments.
 
     get: a parameter by its name, float32; asked for one at a time.
     """
-    folder.mkdir(parents=True)
-    path = folder / "rank-00000.safetensors"
+    work = begin(folder, 0)
+    path = work / share_name(0)
     specs = {f"master/{name}@0": _flat(shape) for name, shape in shapes.items()}
 
     def flat(key: str) -> torch.Tensor:
@@ -119,7 +116,7 @@ def write_checkpoint(
         | {package: metadata.version(package) for package in PACKAGES},
         files={path.name: {"sha256": sha256, "bytes": path.stat().st_size}},
     )
-    seal(folder, manifest)
+    commit(work, manifest)
 
 
 def _flat(shape: tuple[int, ...]) -> Spec:

@@ -35,13 +35,14 @@ from tests.train.huggingface.published import (
 from tests.train.runs import ROOT
 from tests.train.tiny import Shards, build_tiny, tiny, tiny_config
 from train.build import to_model_config
-from train.checkpoint import MasterWeights, choose_checkpoint
+from train.checkpoint import choose_checkpoint
 from train.config import Config, validate
 from train.export_cli import parse_size
 from train.huggingface.exporting import export
 from train.huggingface.importing import import_folder, write_checkpoint
 from train.huggingface.loading import load_folder
 from train.loop import TrainState
+from train.merged import MergedWeights
 from train.resume import RunFolder
 
 SLOW = pytest.mark.slow
@@ -94,7 +95,7 @@ def saved(run: Path, shards: Shards, **changes: Any) -> Decoder:
     model, shape = model_of(config)
     held = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in held.items()}
-    folder = run / "checkpoints/step-00000000"
+    folder = run / "checkpoints"
     write_checkpoint(folder, config, shape.vocab_size, shapes, lambda name: held[name].detach())
     return model
 
@@ -198,14 +199,14 @@ def test_two_parameters_at_most_are_held(
     publish(tmp_path / "published", changes=LARGE)
     import_folder(tmp_path / "published", tmp_path / "run")
     held: list[int] = []
-    get = MasterWeights.__getitem__
+    get = MergedWeights.__getitem__
 
-    def watched(self: MasterWeights, name: str) -> torch.Tensor:
+    def watched(self: MergedWeights, name: str) -> torch.Tensor:
         tensor = get(self, name)
         held.append(psutil.Process().memory_info().rss)
         return tensor
 
-    monkeypatch.setattr(MasterWeights, "__getitem__", watched)
+    monkeypatch.setattr(MergedWeights, "__getitem__", watched)
     export(tmp_path / "run", tmp_path / "hf", dtype="fp32")
     assert len(held) < 2 * (3 + 6 * 32)  # a parameter is not read once for each of its tensors
     assert max(held) - held[0] < 16e6  # of 128 MB; the largest parameter has 2 MB
@@ -302,7 +303,7 @@ def test_the_code_in_the_readme_runs(tmp_path: Path, shards: Shards, memory: str
 def save_a_run(config: Config) -> None:
     built, mesh, inputs = build_tiny(config)
     folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
-    folder.save(TrainState(step=3, updates=3))
+    folder.save_now(TrainState(step=3, updates=3))
 
 
 @pytest.mark.gloo
