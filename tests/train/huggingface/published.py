@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -132,3 +133,9 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def own_bytes() -> int:
+    """Return this process's memory without pages of files, which the system drops when it must."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)

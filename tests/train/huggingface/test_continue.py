@@ -98,6 +98,17 @@ def test_a_continued_model_trains_and_leaves_again(
     assert copied == '{"chat_template": "x"}'  # the imported model's: the data has its tokenizer
 
 
+def test_biases_and_all_arrive_on_two_tensor_parallel_ranks(tmp_path: Path, shards: Shards) -> None:
+    publish(tmp_path / "hf", "qwen2")
+    settings = {"train__steps": 2, "train__warmup_steps": 0}
+    raw = continued(tmp_path, shards, **settings)
+    finish(1, validate(raw))
+    split = raw | {"run_dir": str(tmp_path / "split"), "parallel": {"tp": 2, "zero": 3}}
+    finish(2, validate(split))
+    for whole, cut in zip(losses(tmp_path / "run"), losses(tmp_path / "split"), strict=True):
+        assert cut[1] == pytest.approx(whole[1], rel=1e-5)
+
+
 def continued_bare(config: Config) -> dict[str, Any]:
     raw = config.model_dump(mode="json")
     raw["model"] |= {"memory": {"name": "none"}, "lora": None, "init_from": None}

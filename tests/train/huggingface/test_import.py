@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from tests.train.huggingface.published import (
     imported,
     make,
     ours,
+    own_bytes,
     publish,
     theirs,
     tokens,
@@ -108,7 +108,7 @@ def test_one_parameter_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 
     def watched(self: folders.PublishedWeights, name: str) -> Tensor:
         tensor = get(self, name)
-        held.append(psutil.Process().memory_info().rss)
+        held.append(own_bytes())
         return tensor
 
     monkeypatch.setattr(folders.PublishedWeights, "__getitem__", watched)
