@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.data_cli import data
 from train.export_cli import export_model
 from train.generate_cli import ChangesOption, generate
 from train.import_cli import import_model
@@ -154,7 +155,7 @@ def pretrain(
 
     Everything is checked before any rank starts, and every problem is told at once. The run
     folder (run_dir, else runs/<name>) gets the resolved configuration, checkpoints and metrics.
-    The same command, on as many ranks, resumes: after a crash or a preemption.
+    The same command resumes, after a crash or a preemption, on as many ranks or on others.
 
     \b
     Examples:
@@ -339,6 +340,7 @@ app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

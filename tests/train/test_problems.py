@@ -81,7 +81,11 @@ def test_a_missing_field_is_told_with_what_it_is_for() -> None:
         ("trian", "trian: unknown key; did you mean 'train'?"),
         ("model__slots", "model.slots: unknown key; did you mean 'model.memory.slots'?"),
         ("model__block", "model.block: unknown key; did you mean 'model.memory.block'?"),
-        ("checkpoint__xyz", "checkpoint.xyz: unknown key; known here: every, keep, keep_every"),
+        (
+            "checkpoint__xyz",
+            "checkpoint.xyz: unknown key; known here: every, keep, keep_every, asynchronous,"
+            " max_failures",
+        ),
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest_known_one(key: str, line: str) -> None:
@@ -97,6 +101,7 @@ def test_a_memory_is_chosen_by_name() -> None:
         "state": "norm",
         "beta": 2.0,
         "query_position": "current",
+        "first": "prompt",
         "random_state_passing": 0.0,
     }
     window = validate(small(model__memory={"name": "window"})).model.memory

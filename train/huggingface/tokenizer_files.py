@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.index import Corpus
+from data.files import shown_folder
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.wide import WideCorpus
 from train.config import Config
+from train.remote import open_remote
 
 TOKENIZER = "tokenizer.json"
 _COMPANIONS = (
@@ -80,17 +82,17 @@ def imported_home(checkpoint: Path) -> Path | None:
     return folder if (folder / TOKENIZER).is_file() else None
 
 
-def require_same_tokenizer(checkpoint: Path, corpus: Corpus) -> None:
+def require_same_tokenizer(checkpoint: Path, sha256: str, corpus: str) -> None:
     """Raise ValueError where a corpus was prepared with another tokenizer than an imported model's.
 
-    Ids would fit, and stand for other words.
+    Ids would fit, and stand for other words. sha256: of the corpus's tokenizer; corpus: its name.
     """
     home = imported_home(checkpoint)
     if home is None:
         return
-    if open_words(home).tokenizer.sha256 != corpus.manifest.tokenizer_sha256:
+    if open_words(home).tokenizer.sha256 != sha256:
         raise ValueError(
-            f"{corpus.folder} was prepared with another tokenizer than the imported model's,"
+            f"{corpus} was prepared with another tokenizer than the imported model's,"
             f" {home / TOKENIZER}; prepare it with --tokenizer {home / TOKENIZER}"
         )
 
@@ -117,16 +119,18 @@ def exported_words(checkpoint: Path, config: Config, option: str | None) -> Word
             return first
     if words is None:
         raise ValueError(
-            f"the run's tokenizer lies in its data, {config.data.train}, which cannot be read; name"
-            f" the same one by --tokenizer FILE, or go without by --tokenizer {NONE}"
+            f"the run's tokenizer lies in its data, {shown_folder(config.corpora[0].path)}, which"
+            " cannot be read; name the same one by --tokenizer FILE, or go without by --tokenizer"
+            f" {NONE}"
         )
     return Words(words, None)
 
 
 def _of_data(config: Config) -> Tokenizer | None:
-    for folder in (config.data.train, config.data.valid):
+    for folder in (config.corpora[0].path, config.data.valid):
         try:
-            return None if folder is None else Corpus.open(folder).tokenizer()
+            if folder is not None:  # wide: its index is not needed
+                return WideCorpus.open(folder, remote=open_remote(config)).tokenizer()
         except (OSError, ValueError):
             continue
     return None
