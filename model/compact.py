@@ -105,7 +105,7 @@ def last_logits(model: Decoder, hidden: Tensor) -> Tensor:
 def turns_of(model: Decoder, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [T, 1, K / 2], of positions [T]."""
     config = model.config
-    cos, sin = rope_tables(positions, config.head_dim, config.rope_base, like)
+    cos, sin = rope_tables(positions, config.head_dim, config.rope_base, like, config.rope_scaling)
     return cos.unsqueeze(1), sin.unsqueeze(1)
 
 

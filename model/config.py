@@ -35,6 +35,7 @@ class FamMemory:
     state: Literal["paper", "norm", "latch"] = "norm"
     beta: float = 2.0
     query_position: Literal["current", "previous"] = "current"
+    first: Literal["prompt", "hidden"] = "prompt"
     name: Literal["fam"] = "fam"
 
 
@@ -204,6 +205,22 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are slowed down, for lengths beyond those first trained on.
+
+    linear divides all by factor (Chen et al. 2023). llama3 divides those that turn fewer than
+    low_freq_factor times in original_len tokens, leaves those that turn more than high_freq_factor
+    times, and goes from one to the other in between (Grattafiori et al. 2024, as published code).
+    """
+
+    type: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_len: int = 8192
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a Llama-style decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
@@ -215,6 +232,8 @@ class ModelConfig:
     ffn_size: int
     head_dim: int
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    qkv_bias: bool = False
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02

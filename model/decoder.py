@@ -283,6 +283,7 @@ class Decoder(nn.Module):
             head_dim=self.config.head_dim,
             base=self.config.rope_base,
             like=next(self.parameters()),
+            scaling=self.config.rope_scaling,
         )
         first = torch.arange(window + count).unsqueeze(1) * segment_len
         here = self.sequence.positions(segment_len)

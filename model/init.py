@@ -2,8 +2,8 @@
 
 Normal(0, init_std) for embeddings, linear maps and the memory prompt; maps that end on the residual
 stream (attention output, FFN down) have their std divided by sqrt(2 * num_layers), as in GPT-2;
-norms and gains start at 1. Adapters begin as no change: A normal with the variance of Hu et al.'s
-code, 1 / (3 * inputs), B at 0.
+norms and gains start at 1, biases at 0. Adapters begin as no change: A normal with the variance of
+Hu et al.'s code, 1 / (3 * inputs), B at 0.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def count_parameters(config: ModelConfig) -> int:
     d, layers = config.hidden_size, config.num_layers
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     block = d * (heads + 2 * kv_heads) + heads * d + 3 * d * config.ffn_size + 2 * d
+    block += config.qkv_bias * (heads + 2 * kv_heads)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     held = layers * block + embeddings + d + lora.count_adapters(config)
     return held + _count_memory(config, config.memory)
@@ -93,7 +94,7 @@ def _count_memory(config: ModelConfig, memory: MemoryConfig) -> int:
         case InfiniMemory():
             return layers * config.num_heads
         case AbcMemory():
-            return layers * d * config.num_kv_heads * memory.slots
+            return layers * (d + config.qkv_bias) * config.num_kv_heads * memory.slots
         case CmabMemory():
             return layers * config.num_kv_heads * memory.latents * config.head_dim
         case RmtMemory():

@@ -74,10 +74,13 @@ class Linears(Protocol):
     scattered: int  # ranks that rows are scattered over: size with sequence parallelism, else 1
     rank: int  # this one of them
 
-    def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
+    def column(
+        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+    ) -> nn.Module:
         """Return a map whose output features are split: [rows, in] -> [all rows, out / size].
 
-        stride 2: the weight is two matrices stacked, each split by itself (gate and up).
+        stride 2: the weight is two matrices stacked, each split by itself (gate and up). A bias
+        is split as the output features are.
         """
         ...
 

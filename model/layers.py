@@ -49,8 +49,9 @@ def normalise(x: Tensor, eps: float) -> Tensor:
 class QKV(nn.Module):
     """Queries, keys and values in one map, and what a memory wants beside them.
 
-    Rows of the weight are grouped by key-value head, [q_1 .. q_g, k, v, extra] of each in turn: a
-    plain cut of the rows keeps each group on one tensor-parallel rank.
+    Rows of the weight, and of the bias where there is one, are grouped by key-value head,
+    [q_1 .. q_g, k, v, extra] of each in turn: a plain cut of the rows keeps each group on one
+    tensor-parallel rank.
     """
 
     def __init__(self, config: ModelConfig, linears: Linears, extra: int = 0) -> None:
@@ -58,7 +59,11 @@ class QKV(nn.Module):
         self.num_kv_heads, self.head_dim = config.num_kv_heads // linears.size, config.head_dim
         group = config.num_heads // config.num_kv_heads
         self.split = (group * config.head_dim, config.head_dim, config.head_dim, extra)
-        self.linear = linears.column(config.hidden_size, config.num_kv_heads * sum(self.split))
+        self.linear = linears.column(
+            config.hidden_size, config.num_kv_heads * sum(self.split), bias=config.qkv_bias
+        )
+        if isinstance(self.linear.bias, nn.Parameter):
+            starts_at(self.linear.bias, 0.0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """X [rows, D] -> q [all rows, H, K], k and v [all rows, Hkv, K], extra [all rows, Hkv, E].

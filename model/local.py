@@ -75,9 +75,11 @@ class LocalLinears:
     scattered = 1
     rank = 0
 
-    def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
-        """Return a linear map without bias."""
-        return nn.Linear(in_features, out_features, bias=False)
+    def column(
+        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+    ) -> nn.Module:
+        """Return a linear map."""
+        return nn.Linear(in_features, out_features, bias=bias)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """Return a linear map without bias."""

@@ -7,18 +7,37 @@ stay small however long the stream is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from model.config import RopeScaling
+
+UNSCALED = RopeScaling()
+
 
 def rope_tables(
-    positions: Tensor, head_dim: int, base: float, like: Tensor
+    positions: Tensor, head_dim: int, base: float, like: Tensor, scaling: RopeScaling = UNSCALED
 ) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [*positions, head_dim / 2], float32 (float64 for a float64 model)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
+    angles = positions.to(torch.float64).unsqueeze(-1) * _scaled(base**-exponent, scaling)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return radians per token [head_dim / 2], slowed down as asked."""
+    if scaling.type == "none":
+        return frequencies
+    slow = frequencies / scaling.factor
+    if scaling.type == "linear":
+        return slow
+    turns = frequencies * scaling.original_len / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(slow, frequencies, kept)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -59,17 +59,19 @@ class MegatronLinears:
             gradient_accumulation_fusion=False,
         )
 
-    def column(self, in_features: int, out_features: int, *, stride: int = 1) -> nn.Module:
-        """Return a column-parallel linear map without bias."""
+    def column(
+        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+    ) -> nn.Module:
+        """Return a column-parallel linear map."""
         layer = _Column(
             in_features,
             out_features,
             config=self.config,
             init_method=_leave,
-            bias=False,
+            bias=bias,
             stride=stride,
         )
-        return _marked(layer, 0, stride)
+        return _marked(layer, 0, stride)  # megatron marks the bias by itself
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """Return a row-parallel linear map without bias."""

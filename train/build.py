@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.attention import Layout
-from model.config import ComputeConfig, LoraConfig, ModelConfig
+from model.config import ComputeConfig, LoraConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Linears
@@ -38,10 +38,11 @@ def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
     """
     section = config.model
-    own = {"memory", "vocab_size", "head_dim", "lora"}
+    own = {"memory", "vocab_size", "head_dim", "rope_scaling", "lora"}
     known = {field.name for field in fields(ModelConfig)} - own
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
+        rope_scaling=RopeScaling(**section.rope_scaling.model_dump()),
         vocab_size=section.vocab_size or vocab_size,
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
         memory=to_memory_config(section.memory),

@@ -1,4 +1,4 @@
-r"""The command line: `longhaul prepare | pretrain | config | evaluate | generate | miniature`.
+r"""The command line: `longhaul prepare | pretrain | config | evaluate | generate | import | ...`.
 
 Only what parsing needs is imported here; torch and the rest load inside the commands, so that
 help and configuration errors come at once. What a user did wrong is one message on stderr
@@ -14,7 +14,9 @@ from typing import Annotated, Literal
 import typer
 
 from train.data_cli import data
+from train.export_cli import export_model
 from train.generate_cli import ChangesOption, generate
+from train.import_cli import import_model
 from train.miniature_cli import miniature
 from train.provenance import PACKAGES, check_provenance
 
@@ -335,6 +337,8 @@ def evaluate(
 
 
 app.command()(generate)
+app.command("import")(import_model)
+app.command("export")(export_model)
 app.command()(miniature)
 app.add_typer(data, name="data")
 

@@ -70,6 +70,7 @@ def run(
     Raises ValueError for everything that the user can mend.
     """
     from train.checkpoint import choose_checkpoint
+    from train.huggingface.tokenizer_files import require_same_tokenizer
     from train.snapshot import load_model
 
     folder, manifest = choose_checkpoint(checkpoint)
@@ -80,6 +81,7 @@ def run(
             " means nothing; evaluate with token_and_head or heads"
         )
     corpus = _open_corpus(model, config, data)
+    require_same_tokenizer(folder, corpus.tokenizer_sha256, shown_folder(corpus.folder))
     answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
     conditions = _conditions(config, memory)
     evaluation = _measure(model, config, corpus, tokens, conditions, manifest.step)

@@ -31,6 +31,7 @@ from model.memory.base import named_tensors
 from model.sampling import Sampler, Sampling
 from model.stream import Stream
 from train.config import Config
+from train.huggingface.tokenizer_files import TOKENIZER, imported_home
 from train.remote import open_remote
 from train.snapshot import read_model
 
@@ -72,12 +73,15 @@ def run(
     """Read the prompt (a file, or - for standard input), print it continued, and return 0.
 
     context: for models without memory, `truncate` or `homer`. tokenizer: a file; None takes the
-    run's own. changes: see snapshot.read_model. suffix_tokens: with homer, the end of the prompt
-    that every chunk is read beside.
+    imported model's, else the run's own. changes: see snapshot.read_model. suffix_tokens: with
+    homer, the end of the prompt that every chunk is read beside.
 
     Raises ValueError for everything that the user can mend.
     """
     model, config = read_model(checkpoint, changes)
+    home = imported_home(checkpoint)
+    if tokenizer is None and home is not None:
+        tokenizer = home / TOKENIZER
     words = open_tokenizer(model, config, tokenizer)
     with _opened(prompt) as file:
         pieces = encoded(file, words, "standard input" if prompt == "-" else prompt)

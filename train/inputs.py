@@ -15,6 +15,7 @@ from data.remote import Remote
 from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
 from train.config import Config, ConfigError
 from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
+from train.huggingface.tokenizer_files import require_same_tokenizer
 from train.init_from import Start, find_start
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
@@ -99,6 +100,8 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
     elif train is not None:
         needed = model_vocab_size(config, train.vocab_size)
         start = find_start(config, needed, problems, fresh=fresh)
+        if start is not None:
+            _require_same_words(config, start, train, problems)
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
@@ -163,6 +166,15 @@ def _tokenizer_problems(
             )
         )
     return problems
+
+
+def _require_same_words(
+    config: Config, start: Start, train: Training, problems: list[tuple[str, str]]
+) -> None:
+    try:
+        require_same_tokenizer(start.path, train.tokenizer_sha256, _named(config))
+    except ValueError as error:
+        problems.append(("data.train", str(error)))
 
 
 def newest_manifest(folder: Path) -> Manifest | None:

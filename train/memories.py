@@ -74,6 +74,12 @@ class FamMemory(MemorySection):
         description="Rotary position of the slots' queries: the last positions of the current"
         " segment (so all its keys lie in the past), or those of the previous one.",
     )
+    first: Literal["prompt", "hidden"] = Field(
+        default="prompt",
+        description="What a document's first segment reads of the slots. prompt: the learned first"
+        " ones, as published; hidden: nothing, so that an imported model starts out there exactly"
+        " as it was, and the memory is read from the second segment on.",
+    )
     random_state_passing: Probability = Field(
         default=0.0,
         description="Probability, in training, that a step's new documents start from slots saved"
@@ -312,6 +318,14 @@ def describe_memory(memory: Named | MemoryList) -> str:
     keys = memory.model_dump(exclude={"name"})
     inside = ", ".join(f"{key} {value}" for key, value in keys.items())
     return f"{memory.name} ({inside})" if keys else memory.name
+
+
+def window_of(memory: Named | MemoryList) -> int:
+    """Return how many previous segments' keys the tokens also attend."""
+    if isinstance(memory, MemoryList):
+        return max((window_of(part) for part in memory.root), default=0)
+    segments: int = getattr(memory, "segments", getattr(memory, "window", 0))
+    return segments
 
 
 def find_memory(memory: Named | MemoryList, name: str) -> Named | None:

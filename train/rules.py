@@ -15,6 +15,7 @@ from data.files import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
 from train.memories import IN_TURN, Memory, find_memory
 from train.memory_rules import MEMORY_RULES
+from train.pretrained_keys import PRETRAINED_RULES
 from train.remedies import Rule, nearest, nearest_divisors, nearest_multiples, not_multiple
 from train.sections import CorpusShare, CurriculumStage
 
@@ -311,6 +312,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_KV_HEADS, (_KV_HEADS, _TP), _kv_heads_over_tp),
     Rule("model.ffn_size", ("model.ffn_size", _TP), _ffn_over_tp),
     Rule("model.head_dim", ("model.head_dim", "model.hidden_size", _HEADS), _head_dim),
+    *PRETRAINED_RULES,
     Rule(_RANK, (_RANK, "model.hidden_size"), _lora_rank),
     *MEMORY_RULES,
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),

@@ -13,6 +13,7 @@ from pydantic import Field, PlainSerializer
 from data.files import shown_folder, url_of
 from train.lora_section import LoraSection
 from train.memories import Memory, NoMemory
+from train.pretrained_keys import RopeScalingSection
 from train.units import (
     ByteSize,
     Count,
@@ -63,6 +64,20 @@ class ModelSection(Section):
         default=10000.0,
         description="Base of the rotary position embedding. Raise it with segment_len (500000"
         " for 128k and more), or distant positions look alike.",
+    )
+    rope_scaling: RopeScalingSection = Field(
+        default_factory=RopeScalingSection,
+        description="How rotary frequencies were slowed down, where the model's were.",
+    )
+    qkv_bias: bool = Field(
+        default=False,
+        description="Add a learned bias to queries, keys and values, as Qwen2 does.",
+    )
+    sliding_window: TokenLength | None = Field(
+        default=None,
+        description="Keys that a token reads, itself counted, in the model that weights were"
+        " imported from (Mistral 7B v0.1: 4096). It changes no number here: segment_len *"
+        " (1 + window) is held below it, where it cuts nothing. Left out, no limit. Units: 4k.",
     )
     norm_eps: Positive = Field(
         default=1e-5, description="Added under the square root of every RMSNorm."

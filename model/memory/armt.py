@@ -53,7 +53,7 @@ class ArmtMixer(Mixer):
     """Attention with the layer's matrix read before and written after."""
 
     def __init__(self, config: ModelConfig, memory: ArmtMemory) -> None:
-        super().__init__({}, config.rope_base)
+        super().__init__({}, config)
         self.eps, self.features = config.norm_eps, 2 * ROLLS * memory.key_dim
 
         def map_to(size: int) -> nn.Linear:

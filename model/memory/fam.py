@@ -9,7 +9,8 @@ In one layer the queries and keys of tokens do not depend on the layer's slots. 
 of all segments run in one call, then the chain over n on F rows, then all attention in one call.
 
 What is carried (`state`, see carry.Carry): `paper` feeds the block's output back as it is; `norm`
-and `latch` are ours.
+and `latch` are ours. So is `first="hidden"`: a document's first segment does not read the prompt,
+and a model that was trained without a memory is there what it was.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class FamRead(NamedTuple):
 
     k: Tensor  # [B, F, Hkv, K]
     v: Tensor
+    visible: Tensor  # [B] bool: False where the slots hold the prompt and it is hidden
 
 
 class _Slots(NamedTuple):
@@ -54,6 +56,7 @@ class _Slots(NamedTuple):
 
     rows: Tensor
     fresh: Tensor  # [rows, 1] bool
+    prompt: Tensor  # [B] bool: likewise, of each stream
     q: Tensor | None = None  # [B, F, H, K]: what they ask the segment
 
 
@@ -114,11 +117,13 @@ class FamPart(Part):
         _, k, v, _ = block.project(linears.scatter(initial.slots))
         keys = [rotate(k, *self._tables(segments, n)) for n in range(count)]
         shape = (segments.batch, count, -1, -1, -1)
-        return FamRead(torch.stack(keys).expand(shape), v.expand(shape))
+        visible = (~initial.fresh).expand(segments.batch, count)
+        return FamRead(torch.stack(keys).expand(shape), v.expand(shape), visible)
 
     def piece(self, segments: Segments, opened: FamRead) -> Piece:
         """Return the slots' keys."""
-        return Piece(opened.k, opened.v)
+        hidden = self.memory.first == "hidden"
+        return Piece(opened.k, opened.v, opened.visible if hidden else None)
 
     def _open(
         self, block: Block, segments: Segments, n: int, slots: _Slots, initial: FamInitial
@@ -128,10 +133,12 @@ class FamPart(Part):
         begin = linears.scatter(initial.slots.expand(batch, -1, -1).flatten(0, 1))
         rows = torch.where(starts, begin, slots.rows)
         fresh = torch.where(starts, initial.fresh, slots.fresh)
+        prompt = torch.where(segments.starts[:, n], initial.fresh, slots.prompt)
         q, k, v, _ = (part.unflatten(0, (batch, count)) for part in block.project(rows))
         here = self._tables(segments, n)
         asks = self._tables(segments, n + (self.memory.query_position == "current"))
-        return FamRead(rotate(k, *here), v), _Slots(rows, fresh, rotate(q, *asks))
+        read = FamRead(rotate(k, *here), v, ~prompt)
+        return read, _Slots(rows, fresh, prompt, rotate(q, *asks))
 
     def _close(
         self,
@@ -148,7 +155,7 @@ class FamPart(Part):
         )
         residual = torch.where(slots.fresh, 0.0, slots.rows)
         rows = self.carry(block.finish(residual, attended.flatten(0, 1)))
-        return _Slots(rows, torch.zeros_like(slots.fresh))
+        return _Slots(rows, torch.zeros_like(slots.fresh), torch.zeros_like(slots.prompt))
 
     def _tables(self, segments: Segments, n: int) -> tuple[Tensor, Tensor]:
         """Return RoPE of the last F positions before segment n: [F, 1, K / 2] each."""
@@ -164,7 +171,7 @@ class FamPart(Part):
 
     def _scatter(self, segments: Segments, state: FamState) -> _Slots:
         rows = segments.linears.scatter(state.slots.flatten(0, 1))
-        return _Slots(rows, self._per_row(segments, state.fresh))
+        return _Slots(rows, self._per_row(segments, state.fresh), state.fresh)
 
     def _gather(self, segments: Segments, slots: _Slots) -> FamState:
         whole = segments.linears.gather(slots.rows).unflatten(0, (segments.batch, -1))

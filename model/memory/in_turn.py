@@ -43,7 +43,7 @@ class InTurn(nn.Module):
 
     def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
         """Return the memory of one block: the rows come from outside, so nothing but a window."""
-        return Mixer({}, config.rope_base)
+        return Mixer({}, config)
 
     @abstractmethod
     def empty(self, batch: int, like: Tensor) -> State:

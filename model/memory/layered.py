@@ -53,7 +53,7 @@ class Layered(nn.Module):
     def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
         """Return the memory of one block."""
         parts = {name: part.part(config, linears) for name, part in self._parts().items()}
-        return Mixer(parts, config.rope_base, self.kernel)
+        return Mixer(parts, config, self.kernel)
 
     def initial(self, blocks: Items[Block], linears: Linears) -> list[dict[str, Initial]]:
         """Return, for each block, what a document begins with in each part."""

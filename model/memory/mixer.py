@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import merge
+from model.config import ModelConfig
 from model.fold import Piece
 from model.interfaces import Segments
 from model.kernels import Kernel
@@ -98,10 +99,10 @@ class Mixer(nn.Module):
     """The memory of one block. With neither parts nor rows: attention over window and segment."""
 
     def __init__(
-        self, parts: dict[str, Part], rope_base: float, kernel: Kernel | None = None
+        self, parts: dict[str, Part], config: ModelConfig, kernel: Kernel | None = None
     ) -> None:
         super().__init__()
-        self.parts, self.rope_base = nn.ModuleDict(parts), rope_base
+        self.parts, self.config = nn.ModuleDict(parts), config
         self.kernel = kernel  # of token keys, where it is not plain softmax
 
     @property
@@ -261,7 +262,8 @@ class Mixer(nn.Module):
         """Return the block's output for memory rows x [rows, D], which read one another."""
         q, k, v, _ = block.project(x)
         positions = torch.arange(q.shape[0], device=x.device)
-        cos, sin = rope_tables(positions, block.head_dim, self.rope_base, x)
+        config = self.config
+        cos, sin = rope_tables(positions, config.head_dim, config.rope_base, x, config.rope_scaling)
         q, k = (rotate(part, cos.unsqueeze(1), sin.unsqueeze(1)) for part in (q, k))
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
         out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)

@@ -61,6 +61,8 @@ class Algorithm2(Slow):
         mask = torch.ones(num_slots + length, num_slots + seen + length, dtype=torch.bool)
         mask[:num_slots, num_slots : num_slots + seen] = False
         mask[num_slots:, num_slots + seen :].tril_()
+        if self.fam and self.fam.first == "hidden" and tau == 0:
+            mask[num_slots:, :num_slots] = False
         past.append((k[num_slots:], v[num_slots:]))
 
         residual = torch.cat((torch.zeros_like(fam) if tau == 0 else fam, x))

@@ -29,6 +29,8 @@ FAM: dict[str, FamMemory] = {
     ]
 }
 
+FAM["fam-norm-window-1-hidden"] = FamMemory(slots=3, window=1, first="hidden")
+
 IN_A_LAYER: dict[str, MemoryConfig] = {
     "none": NoMemory(),
     "window-1": WindowMemory(1),

@@ -64,6 +64,8 @@ class Slow:
         group = config.num_heads // config.num_kv_heads
         h = self.norm(rows, f"blocks.{layer}.attention_norm.weight")
         flat = h @ self.weights[f"blocks.{layer}.qkv.linear.weight"].T
+        if self.config.qkv_bias:
+            flat = flat + self.weights[f"blocks.{layer}.qkv.linear.bias"]
         by_head = flat.view(len(rows), config.num_kv_heads, -1)
         own = (group + 2) * config.head_dim
         heads = by_head[..., :own].unflatten(2, (group + 2, config.head_dim))
@@ -100,10 +102,27 @@ class Slow:
         """RoPE as complex numbers: x [T, H, K]."""
         half = self.config.head_dim // 2
         speed = torch.exp(-math.log(self.config.rope_base) * torch.arange(half).double() / half)
+        speed = torch.stack([self.slowed(one) for one in speed])
         angles = places[:, None] * speed
         turn = torch.polar(torch.ones_like(angles), angles)
         z = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
         return torch.cat((z.real, z.imag), -1)
+
+    def slowed(self, speed: Tensor) -> Tensor:
+        """One frequency after RopeScaling, by the wavelengths that Llama 3.1's code speaks of."""
+        scaling = self.config.rope_scaling
+        if scaling.type == "none":
+            return speed
+        if scaling.type == "linear":
+            return speed / scaling.factor
+        wavelength = 2 * math.pi / speed
+        if wavelength < scaling.original_len / scaling.high_freq_factor:
+            return speed
+        if wavelength > scaling.original_len / scaling.low_freq_factor:
+            return speed / scaling.factor
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        share = (scaling.original_len / wavelength - low) / (high - low)
+        return (1 - share) * speed / scaling.factor + share * speed
 
     def window(self, past: list[tuple[Tensor, Tensor]], queries: int) -> list[Read]:
         """The rotated keys and values of the last M segments: every query reads them all."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import FamMemory, MemoryConfig, WindowMemory
+from model.config import FamMemory, MemoryConfig, NoMemory, WindowMemory
 from model.decoder import Decoder
+from model.init import initialise
 from model.loss import IGNORE
 from model.memory.base import Carried, detach
 from model.memory.fam import FamInitial, FamState
@@ -52,6 +53,25 @@ def stream(model: Decoder, batch: Batch, steps: int) -> Any:
             logits, state = model(batch.tokens, batch.starts & (state is None), state)
             assert logits.isfinite().all()
     return state
+
+
+@pytest.mark.parametrize(("first", "same"), [("hidden", True), ("prompt", False)])
+def test_a_hidden_prompt_leaves_the_first_segment_of_each_document_as_it_is_without_memory(
+    first: Any, same: bool
+) -> None:
+    """What a pre-trained model needs to begin as it was; the second segment reads the slots."""
+    batch = batch_of(2, 3, 6)
+    batch.starts[1, 2] = True
+    logits = []
+    for memory in (NoMemory(), FamMemory(slots=3, first=first)):
+        model = Decoder(config_of(memory)).double()
+        initialise(model, model.config, seed=0)
+        with torch.no_grad():
+            logits.append(model(batch.tokens, batch.starts)[0])
+    without, found = logits
+    for row, n in [(0, 0), (1, 0), (1, 2)]:
+        assert (relative(found[row, n], without[row, n]) < 1e-12) == same
+    assert relative(found[0, 1], without[0, 1]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["norm", "latch"])

@@ -79,7 +79,9 @@ def real_count(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"num_kv_heads": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"num_kv_heads": 1}, {"qkv_bias": True}]
+)
 def test_the_count_is_the_real_models(memory: MemoryConfig, changes: dict[str, Any]) -> None:
     config = config_of(memory, **changes)
     assert config.padded_vocab_size > config.vocab_size

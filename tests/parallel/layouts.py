@@ -25,6 +25,7 @@ from tests.parallel.plain import (
     Case,
     Step,
     batches_of,
+    biases_start_at_one,
     config_of,
     make_optimizer,
     trained,
@@ -65,6 +66,7 @@ def build(case: Case, mesh: Mesh) -> tuple[zero.ZeroEngine, Layout]:
         sp = case.tensor == "TP2+SP"
         linears = MegatronLinears(mesh, sequence_parallel=sp, dtype=torch.float32)
     model = Decoder(config, sequence=sequence, linears=linears, compute=case.compute)
+    biases_start_at_one(model)
     unmark_adapters(model)
     initialise(
         model,

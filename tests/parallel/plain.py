@@ -28,6 +28,7 @@ from model.config import (
 )
 from model.decoder import Decoder
 from model.init import initialise
+from model.layers import starts_at
 from model.lora import B
 from model.loss import IGNORE
 from model.memory.base import detach
@@ -36,6 +37,7 @@ MEMORIES: dict[str, MemoryConfig] = {
     "none": NoMemory(),
     "window": WindowMemory(2),
     "fam": FamMemory(slots=4, window=1),
+    "fam-hidden": FamMemory(slots=4, window=1, first="hidden"),
     "infini": InfiniMemory(gate_init=0.5, window=1),
     "infini-delta": InfiniMemory("delta", gate_init=0.5),
     "abc": AbcMemory(slots=3),
@@ -73,6 +75,7 @@ class Case:
     bf16: bool = False
     tied: bool = False
     packed: bool = False
+    bias: bool = False
     lora: LoraConfig | None = None
 
     @property
@@ -114,6 +117,7 @@ def config_of(case: Case) -> ModelConfig:
     return ModelConfig(
         VOCAB, 2, 32, 4, 2, 48, 8,
         memory=memory, init_std=INIT_STD.get(case.memory, 0.2), tie_embeddings=case.tied,
+        qkv_bias=case.bias,
         lora=case.lora,
     )  # fmt: skip
 
@@ -164,6 +168,13 @@ def batches_of(case: Case) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor 
     return packed_batches() if case.packed else (batches(), None)
 
 
+def biases_start_at_one(model: nn.Module) -> None:
+    """As norms do: of a bias that began at 0 all is way, and WEIGHTS counts the whole."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            starts_at(parameter, 1.0)
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are not frozen."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -195,6 +206,7 @@ def train(case: Case) -> tuple[list[Step], dict[str, Tensor]]:
     """Return three steps and the weights after them."""
     config = config_of(case)
     model = Decoder(config)
+    biases_start_at_one(model)
     unmark_adapters(model)
     initialise(model, config, seed=0)
     optimizer, state, steps = make_optimizer(model), None, []

@@ -69,6 +69,9 @@ OTHERS = [
     Case(tensor="TP2+SP", cp=2, stage=3, compute=ComputeConfig("selective", 32, 24)),
     Case(tensor="TP2+SP", cp=2, stage=3, tied=True),
     Case(tensor="TP2", dp=2, stage=2, tied=True),
+    Case(tensor="TP2+SP", dp=2, stage=2, memory="composed", bias=True),
+    Case(tensor="TP2", cp=2, stage=3, memory="rmt", bias=True),
+    Case(tensor="TP2+SP", cp=2, stage=2, memory="fam-hidden"),
     Case(tensor="TP2+SP", cp=2, stage=2, memory="rmt-causal"),
     Case(cp=2, memory="hmt-stage-1", layout="contiguous", stage=3),
     Case(cp=2, windows=2, memory="rmt"),
@@ -103,9 +106,10 @@ WEIGHTS = 2e-6
 
 @functools.cache
 def reference(
-    memory: str, windows: int, tied: bool, packed: bool = False
+    memory: str, windows: int, tied: bool, packed: bool = False, bias: bool = False
 ) -> tuple[list[Step], dict[str, Any]]:
-    return plain.train(Case(memory=memory, windows=windows, tied=tied, packed=packed))
+    case = Case(memory=memory, windows=windows, tied=tied, packed=packed, bias=bias)
+    return plain.train(case)
 
 
 def marked(cases: list[Case]) -> list[Any]:
@@ -124,7 +128,8 @@ def marked(cases: list[Case]) -> list[Any]:
 @pytest.mark.gloo
 @pytest.mark.parametrize("case", marked(PAIRWISE + OTHERS + PACKED))
 def test_a_layout_equals_one_plain_process(case: Case) -> None:
-    expected, expected_weights = reference(case.memory, case.windows, case.tied, case.packed)
+    asked = (case.memory, case.windows, case.tied, case.packed, case.bias)
+    expected, expected_weights = reference(*asked)
     steps, weights = layouts.run(case)
     for step, plain_step in zip(steps, expected, strict=True):
         assert abs(step.loss / plain_step.loss - 1) < LOSSES

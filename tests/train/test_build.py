@@ -21,6 +21,7 @@ from model.config import (
     ModelConfig,
     NoMemory,
     RmtMemory,
+    RopeScaling,
     WindowMemory,
     compose,
 )
@@ -45,10 +46,19 @@ UNUSUAL: dict[str, Any] = {
     "head_dim": 10,
     "ffn_size": 88,
     "rope_base": 777.0,
+    "rope_scaling": {
+        "type": "llama3",
+        "factor": 3.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 5.0,
+        "original_len": 77,
+    },
+    "qkv_bias": True,
     "norm_eps": 1e-3,
     "tie_embeddings": True,
     "init_std": 0.5,
 }
+MODEL = UNUSUAL | {"rope_scaling": RopeScaling(**UNUSUAL["rope_scaling"])}
 MEMORIES: dict[str, tuple[dict[str, Any], object]] = {
     "none": ({"name": "none"}, NoMemory()),
     "window": ({"name": "window", "segments": 3}, WindowMemory(segments=3)),
@@ -60,9 +70,17 @@ MEMORIES: dict[str, tuple[dict[str, Any], object]] = {
             "state": "latch",
             "beta": 3.5,
             "query_position": "previous",
+            "first": "hidden",
             "random_state_passing": 0.25,
         },
-        FamMemory(slots=5, window=2, state="latch", beta=3.5, query_position="previous"),
+        FamMemory(
+            slots=5,
+            window=2,
+            state="latch",
+            beta=3.5,
+            query_position="previous",
+            first="hidden",
+        ),
     ),
     "infini": (
         {"name": "infini", "rule": "delta", "gate_init": -0.5, "gate_lr": 3, "window": 2},
@@ -132,7 +150,7 @@ def test_every_field_arrives(name: str) -> None:
     raw, memory = MEMORIES[name]
     config = validate(small(model={**UNUSUAL, "memory": raw}))
     found = to_model_config(config, vocab_size=5)
-    assert found == ModelConfig(**UNUSUAL, memory=memory)  # type: ignore[arg-type]
+    assert found == ModelConfig(**MODEL, memory=memory)
 
 
 def test_no_field_of_the_model_is_left_to_its_default() -> None:

@@ -27,7 +27,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["import"], ["export"]]
+)
 def test_help_teaches_and_imports_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys\nfrom train.cli import main\n"
@@ -50,6 +52,8 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "config",
         "evaluate",
         "generate",
+        "import",
+        "export",
         "miniature",
         "data",
     ]

@@ -101,6 +101,7 @@ def test_a_memory_is_chosen_by_name() -> None:
         "state": "norm",
         "beta": 2.0,
         "query_position": "current",
+        "first": "prompt",
         "random_state_passing": 0.0,
     }
     window = validate(small(model__memory={"name": "window"})).model.memory
