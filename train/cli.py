@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.checkpoint_cli import checkpoint
 from train.generate_cli import ChangesOption, generate
 from train.miniature_cli import miniature
 from train.provenance import PACKAGES, check_provenance
@@ -335,6 +336,7 @@ def evaluate(
 
 app.command()(generate)
 app.command()(miniature)
+app.add_typer(checkpoint)
 
 
 def main() -> None:
