@@ -110,11 +110,11 @@ def test_a_file_changed_after_it_was_hashed_is_hashed_again(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_is_still_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = store(tmp_path, 10)
+
     def refuse(*_: object) -> None:
         raise OSError("read-only")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
-    path = store(tmp_path, 10)
     monkeypatch.setattr(Path, "write_text", refuse)
     assert is_good(path)
     assert not (path / stored.VERIFIED).exists()
