@@ -37,6 +37,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]  # name -> sha256, bytes
     format: int = FORMAT
+    parent: dict[str, Any] | None = None  # of a fork: run, checkpoint, step, what it took
 
 
 class BadCheckpoint(Exception):
@@ -74,6 +75,16 @@ def read_manifest(checkpoint: Path) -> Manifest:
         return Manifest(**values)
     except TypeError as error:
         raise BadCheckpoint(f"{checkpoint}/manifest.json: {error}") from error
+
+
+def newest_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of the newest checkpoint in folder that has one."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            return read_manifest(checkpoint)
+        except BadCheckpoint:
+            continue  # resuming passes over it too, and says so
+    return None
 
 
 def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
