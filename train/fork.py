@@ -202,12 +202,20 @@ def _newest_readable(folder: Path) -> Path:
 def _renamed(config: Config, name: str) -> Config:
     """Return the configuration of a run beside this one."""
     values = config.model_dump(mode="json")
-    values |= {"name": name, "run_dir": str(config.run_dir.with_name(name))}
-    values["model"].pop("init_from", None)  # the parent's start is not its own
-    child = validate(values, source=f"--fork {name}")
+    values |= {"name": name, "run_dir": str(config.run_dir.parent / name)}
+    child = without_start(validate(values, source=f"--fork {name}"))
     if child.run_dir == config.run_dir:
         raise _problem(name, "this run itself has the name; give another one")
     return child
+
+
+def without_start(config: Config) -> Config:
+    """Return the configuration without model.init_from: a fork starts from its parent."""
+    if getattr(config.model, "init_from", None) is None:
+        return config
+    values = config.model_dump(mode="json")
+    values["model"]["init_from"] = None
+    return validate(values)
 
 
 def _starting_from(config: Config, checkpoint: Path) -> Config:

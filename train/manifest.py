@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 VERIFIED = "verified.json"
 """In a checkpoint's folder: when its files were last hashed and right. Not part of it."""
 
@@ -38,6 +38,11 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # name -> sha256, bytes
     format: int = FORMAT
     parent: dict[str, Any] | None = None  # of a fork: run, checkpoint, step, what it took
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(int(file["bytes"]) for file in self.files.values())
 
 
 class BadCheckpoint(Exception):
@@ -75,6 +80,14 @@ def read_manifest(checkpoint: Path) -> Manifest:
         return Manifest(**values)
     except TypeError as error:
         raise BadCheckpoint(f"{checkpoint}/manifest.json: {error}") from error
+
+
+def saved_format(checkpoint: Path) -> int | None:
+    """Return the number of the format that a checkpoint was saved in, None where it shows none."""
+    try:
+        return int(json.loads((checkpoint / "manifest.json").read_text())["format"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def newest_manifest(folder: Path) -> Manifest | None:

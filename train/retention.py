@@ -44,10 +44,16 @@ def retain(
     good = 0
     while checkpoints and good < wanted:
         good += is_good(checkpoints.pop(), say)
-    spent = [path for path in checkpoints if not kept_for_ever(step_of(path), keep_every)]
-    for checkpoint in spent:
-        delete(checkpoint)
-    return spent
+    deleted = []
+    for checkpoint in checkpoints:
+        if not kept_for_ever(step_of(checkpoint), keep_every):
+            try:
+                delete(checkpoint)
+            except OSError as error:  # a save has succeeded all the same
+                say(f"{checkpoint} could not be deleted: {error}")
+                continue
+            deleted.append(checkpoint)
+    return deleted
 
 
 def kept_for_ever(step: int, keep_every: int | None) -> bool:
@@ -62,7 +68,7 @@ def is_good(checkpoint: Path, say: Callable[[str], None] = lambda text: None) ->
         if verified_at(checkpoint, manifest) is None:
             verify(checkpoint)
             record_verified(checkpoint, manifest)
-    except BadCheckpoint as error:
+    except (BadCheckpoint, OSError) as error:
         say(f"damaged, and not counted among those to keep: {error}")
         return False
     return True
