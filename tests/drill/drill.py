@@ -12,8 +12,10 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from tests.train.attempts import (
     read_rows,
 )
 from tests.train.faults import Fault, applicable
-from tests.train.tiny import Shards, tiny
+from tests.train.tiny import LANES, Shards, tiny
 from train.config import Config, validate
 from train.manifest import list_checkpoints, step_of
 
@@ -40,6 +42,8 @@ RELATIVE = 1e-6
 """Of losses where the layout changed: its sums run in another order."""
 START_S = 1.5
 """About what the start of an attempt takes, for kills that come within it."""
+FULL_BYTES, FULL_S = 60_000, 0.8
+"""Of a file while a disk is full: more than the log takes, less than a share; and for how long."""
 PEERS_S = 10.0
 """What the ranks that lose a peer get to end by themselves, before they are killed too."""
 
@@ -53,7 +57,16 @@ class Layout(NamedTuple):
 
 
 HOME = Layout("DP 2, ZeRO 1", 2, {})
-LAYOUTS: tuple[Layout, ...] = (HOME,)
+LAYOUTS: tuple[Layout, ...] = (
+    HOME,
+    Layout("1 rank", 1, {}),
+    Layout("DP 2, ZeRO 3", 2, {"parallel__zero": 3}),
+    Layout("TP 2, ZeRO 1", 2, {"parallel__tp": 2}),
+    Layout("CP 2, ZeRO 2", 2, {"parallel__cp": 2, "parallel__zero": 2}),
+    Layout("DP 4, ZeRO 1", 4, {}),
+    Layout("TP 2 x DP 2, ZeRO 1", 4, {"parallel__tp": 2}),
+    Layout("DP 2, ZeRO 1, micro-batches of 2", 2, {"train__micro_batch": 2}),
+)
 
 
 @dataclass
@@ -65,10 +78,14 @@ class Trial:
     unfinished: bool = False  # whether it left a save unfinished
     fault: Fault | None = None  # done to the newest checkpoint before the next start
     named: str = ""  # what must be said of the fault
+    found: bool = False  # it was named, and the newest good checkpoint was taken
+    loaded: bool = False  # the damaged checkpoint was
+    samples: int = 0  # that the log then had not, or twice
     lost: int = 0  # steps between the newest checkpoint and the one that was taken
     redone: int = 0  # steps in the log that were done again
     moved: bool = False  # whether the next start had another layout
     peers_ended: bool | None = None  # whether ranks that lost a peer ended by themselves
+    refused: bool = False  # whether a rank's disk refused writes for a moment, and it was told
 
 
 @dataclass
@@ -80,6 +97,7 @@ class Drill:
     same_bits: int = 0  # rounds in one layout that ended bit for bit as the undisturbed run
     worst: float = 0.0  # largest relative difference of a loss in the other rounds
     seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
 
 
 def run_drill(
@@ -93,8 +111,8 @@ def run_drill(
 ) -> Drill:
     """Return what so many kills led to; rounds keep their layout and change it in turn.
 
-    Raises AssertionError where a checkpoint is incomplete, a fault is not found, a sample is lost
-    or read twice, or a loss is not that of the undisturbed run.
+    Its failures say where a checkpoint was incomplete, a fault not found, a sample lost or read
+    twice, or a loss not that of the undisturbed run. Raises AssertionError where a start fails.
     """
     chance, drill, began = random.Random(seed), Drill(), time.monotonic()
     whole = configuration(folder / "whole", shards, HOME)
@@ -104,18 +122,34 @@ def run_drill(
         drill.rounds += 1
         stays = drill.rounds % 2 == 1 or len(layouts) == 1
         disturbed = Round(folder / f"round-{drill.rounds}", shards, chance)
-        disturbed.run((HOME,) if stays else layouts, kills - len(drill.trials), say)
+        # Several rounds even of few kills: some keep their layout, some do not.
+        most = min(kills - len(drill.trials), max(8, kills // 4))
+        disturbed.run((HOME,) if stays else layouts, most, say)
         drill.trials += disturbed.trials
-        if stays:
-            assert_same_bits(disturbed.run_dir, whole.run_dir, STEPS)
-            drill.same_bits += 1
-        else:
-            drill.worst = max(drill.worst, difference(disturbed.run_dir, whole.run_dir))
-            assert drill.worst <= RELATIVE, drill.worst
-        say(f"round {drill.rounds}: every step once, {'same bits' if stays else drill.worst}")
+        drill.failures += disturbed.failures
+        _compare(drill, disturbed.run_dir, whole.run_dir, stays, say)
         shutil.rmtree(disturbed.run_dir)
     drill.seconds = time.monotonic() - began
     return drill
+
+
+def _compare(
+    drill: Drill, run_dir: Path, whole: Path, stays: bool, say: Callable[[str], None]
+) -> None:
+    """Compare a run with the undisturbed one."""
+    try:
+        if stays:
+            assert_same_bits(run_dir, whole, STEPS)
+            drill.same_bits += 1
+            say(f"round {drill.rounds}: the same bits")
+            return
+        found = difference(run_dir, whole)
+        drill.worst = max(drill.worst, found)
+        assert found <= RELATIVE, f"a loss differs by {found:.1e}"
+        say(f"round {drill.rounds}: losses differ by {found:.1e} at most")
+    except AssertionError as error:
+        drill.failures.append(f"round {drill.rounds}: {error}")
+        say(drill.failures[-1])
 
 
 def configuration(run_dir: Path, shards: Shards, layout: Layout) -> Config:
@@ -138,6 +172,7 @@ class Round:
         self.run_dir, self.shards, self.chance = run_dir, shards, chance
         self.checkpoints = run_dir / "checkpoints"
         self.trials: list[Trial] = []
+        self.failures: list[str] = []
         self.open: list[Trial] = []  # after which no start has come to its first step
         # When the first of them came:
         self.heard = ""  # what was said since
@@ -167,10 +202,16 @@ class Round:
         Raises AssertionError where they fail by themselves.
         """
         config, began = configuration(self.run_dir, self.shards, layout), time.time()
-        with forked(layout.ranks, self.run_dir, pretrain, config) as attempt:
+        full = -1 if self.chance.random() < 0.5 else self.chance.randrange(layout.ranks)
+        wait_s = START_S + self.chance.random()
+        with forked(
+            layout.ranks, self.run_dir, pretrain_short_of_disk, config, full, wait_s
+        ) as attempt:
             trial = self._kill(attempt, began) if kill else None
             if trial is None:
                 assert attempt.wait() == [0] * layout.ranks, attempt.text()
+            else:
+                trial.refused = f"checkpoint, rank {full}: " in attempt.text()
             return trial, attempt.text(), began
 
     def _kill(self, attempt: Forked, began: float) -> Trial | None:
@@ -211,15 +252,19 @@ class Round:
         if not self.open:
             assert resumed == 0
             return
-        assert resumed == self.expected, (resumed, self.expected, self.heard)
+        steps = [row["step"] for row in read_rows(self.run_dir) if row["step"] <= resumed]
+        wrong = len(steps) + resumed - 2 * len(set(steps))  # twice, and not at all
         for trial in self.open:
+            named = "checkpoint not used: " in self.heard and trial.named in self.heard
+            trial.found = resumed == self.expected and (trial.fault is None or named)
             if trial.fault is not None:
-                assert "checkpoint not used: " in self.heard and trial.named in self.heard, (
-                    trial.fault.name,
-                    trial.named,
-                    self.heard,
+                trial.loaded, trial.lost = resumed == self.newest, self.newest - resumed
+            if not trial.found or wrong:
+                self.failures.append(
+                    f"{describe(trial)}: went on at step {resumed}, not {self.expected}; {wrong}"
+                    f" steps not once in the log; said:\n{self.heard}"
                 )
-                trial.lost = self.newest - resumed
+        self.open[0].samples = wrong * LANES
         self.open[0].redone = max(0, self.rows - resumed)
         self.open, self.heard = [], ""
 
@@ -229,29 +274,48 @@ class Round:
         if self.open:
             return  # it came before anything was judged, let alone written
         complete = list_checkpoints(self.checkpoints)
-        for checkpoint in complete:
-            assert_complete(checkpoint)
+        self.failures += [fault for path in complete for fault in what_is_wrong(path)]
         steps = [0, *map(step_of, complete)]
         self.heard, self.rows = "", len(read_rows(self.run_dir))
         self.newest = self.expected = steps[-1]
         if len(complete) > 1 and self.chance.random() < 0.6:  # or there would be nothing to find
-            trial.fault = self.chance.choice(applicable(complete[-1]))
+            choices = [fault for fault in applicable(complete[-1]) if not fault.refused]
+            trial.fault = self.chance.choice(choices)
             trial.named = trial.fault.do(complete[-1], self.chance)
             self.expected = steps[-2]
 
 
-def assert_complete(checkpoint: Path) -> None:
-    """Assert, by means of its own, that a checkpoint with its name is one with all its bytes."""
+def pretrain_short_of_disk(config: Config, full: int, wait_s: float) -> int:
+    """Train; after a while rank `full` can write no share of a checkpoint for a moment."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        time.sleep(wait_s)
+        # a real failure of write(2), as a full disk gives
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, limit[1]))
+        time.sleep(FULL_S)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    if os.environ["RANK"] == str(full):
+        threading.Thread(target=fill, daemon=True).start()
+    return pretrain(config)
+
+
+def what_is_wrong(checkpoint: Path) -> list[str]:
+    """Return, by means of its own, what a checkpoint with its name has not of all its bytes."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    assert manifest["step"] == step_of(checkpoint)
+    wrong = [] if manifest["step"] == step_of(checkpoint) else [f"{checkpoint}: another step"]
     for name, entry in manifest["files"].items():
         content = (checkpoint / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == entry["sha256"], (checkpoint, name)
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            wrong.append(f"{checkpoint / name}: not what was written")
+    return wrong
 
 
 def describe(trial: Trial) -> str:
     """Return a line for who watches."""
     words = [f"killed {trial.victims} at a {trial.moment}"]
     words += ["in a save"] * trial.unfinished + ["peers hung"] * (trial.peers_ended is False)
+    words += ["a disk refused for a moment"] * trial.refused
     words += [] if trial.fault is None else [trial.fault.said]
     return ", ".join(words + ["another layout next"] * trial.moved)

@@ -24,6 +24,8 @@ class Fault(NamedTuple):
     """Files of ranks that a checkpoint must have."""
     older: bool = False
     """Whether there must be an older checkpoint."""
+    refused: bool = False
+    """Whether the command line then refuses, before any rank starts, instead of going back."""
 
 
 def rank_files(checkpoint: Path) -> list[Path]:
@@ -125,5 +127,5 @@ FAULTS = (
     Fault("lose-manifest", "manifest missing", lose_manifest),
     Fault("cut-manifest", "manifest cut short", cut_manifest),
     Fault("change-manifest", "a number in the manifest changed", change_manifest),
-    Fault("newer", "written by a newer version", come_from_the_future),
+    Fault("newer", "written by a newer version", come_from_the_future, refused=True),
 )
