@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_a_branch_says_where_it_comes_from(parent: Path, shards: Shards) -> None
     for checkpoint in list_checkpoints(branch / "checkpoints"):
         assert verify(checkpoint).parent == origin
     assert manifest_of(branch, 8)["config"]["name"] == "origin"
+    shown = longhaul("checkpoint", "show", branch / "checkpoints/step-00000008").stdout
+    assert re.search(rf"forked from +{parent}/checkpoints/step-00000006, with everything", shown)
     remove(branch)
 
 
