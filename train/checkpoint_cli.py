@@ -238,10 +238,10 @@ def _text(entry: Entry, manifest: Manifest) -> str:
         ("data", f"corpus {manifest.data[:16]}, {manifest.vocab_size:,} tokens in its vocabulary"),
         ("versions", ", ".join(f"{name} {text}" for name, text in manifest.versions.items())),
     ]
-    lines = [str(entry.path), *say.aligned(rows)]
-    return "\n".join(
-        [*lines, "configuration, where it is not the default:", _differences(manifest)]
-    )
+    if (origin := manifest.parent) is not None:
+        rows.append(("forked from", f"{origin['checkpoint']}, with {origin['keeps']} of it"))
+    heading = "configuration, where it is not the default:"
+    return "\n".join([str(entry.path), *say.aligned(rows), heading, _differences(manifest)])
 
 
 def _differences(manifest: Manifest) -> str:

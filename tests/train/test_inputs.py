@@ -224,7 +224,6 @@ FREELY = {
     "parallel__cp": 2,
     "parallel__zero": 3,
     "parallel__layout": "contiguous",
-    "train__micro_batch": 2,
 }
 
 
