@@ -9,119 +9,94 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import threading
 import zlib
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards import INDEX_DTYPE, INDEX_SUFFIX, TOKENIZER, Manifest, Shard, TokenArray
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.files import Files
+from data.remote import Remote, open_files
+from data.shards import (
+    INDEX_DTYPE,
+    INDEX_SUFFIX,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    TokenArray,
+    index_bytes,
+)
+from data.tokenizer import Tokenizer, read_tokenizer
 
 OnDamage = Literal["stop", "skip"]
-# Below the usual limit of 1024 open files, with room for the trainer's own.
-_OPEN_SHARDS = 128
 _CRC_BYTES = 8 << 20
+_TOKENIZER_BYTES = 1 << 20  # about; large vocabularies have more
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
+_HEADERS = threading.Lock()
 
 
-class _OpenFile:
-    """A descriptor that closes with its last user, so an evicted one is never pulled away."""
+class Table:
+    """One shard's index in memory, and which of its documents were found good."""
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, count: int, offset: int) -> bytes:
-        # pread, not a memory map: a map over a file that shrinks is a bus error without a
-        # word, and page faults on a slow file system would hold the interpreter's lock.
-        pieces = []
-        while count > 0:
-            piece = os.pread(self._descriptor, count, offset)
-            if not piece:
-                raise OSError("the file ends early")
-            pieces.append(piece)
-            count -= len(piece)
-            offset += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+    def __init__(self, shard: Shard, rows: NDArray[Any], *, damaged: bool = False) -> None:
+        self.shard = shard
+        self.lengths: NDArray[np.int64] = rows["length"].astype(np.int64)
+        self.offsets: NDArray[np.int64] = rows["offset"].astype(np.int64)
+        self.crc32: NDArray[np.uint32] = rows["crc32"].astype(np.uint32)
+        self.state = np.full(len(rows), _DAMAGED if damaged else _UNKNOWN, dtype=np.uint8)
 
 
-class Corpus:
-    """Documents of a prepared folder, in shard order; safe to read from several threads."""
+class Shards:
+    """Documents of a prepared folder by number, in shard order; safe to read from several threads.
+
+    Who inherits says how a shard's table is found: all in memory (Corpus), or read when asked for
+    (data.wide.WideCorpus).
+    """
 
     def __init__(
         self,
-        folder: Path,
+        files: Files,
         manifest: Manifest,
-        indices: list[tuple[Shard, NDArray[Any]]],
+        shards: Sequence[Shard],
         damage: list[str],
         on_damage: OnDamage,
-        absent: set[str],
     ) -> None:
-        self.folder = folder
+        self.folder = files.where
         self.manifest = manifest
-        index = np.concatenate([rows for _, rows in indices])
-        self.lengths: NDArray[np.int64] = index["length"].astype(np.int64)
-        self.lengths.setflags(write=False)
-        self._shards = [shard for shard, _ in indices]
-        self._first = np.cumsum([0, *(len(rows) for _, rows in indices)])
-        self._offsets = index["offset"].astype(np.int64)
-        self._crc32 = index["crc32"]
+        self._files = files
+        self._shards = list(shards)
+        self._first = np.cumsum([0, *(shard.documents for shard in shards)])
         self._dtype = np.dtype(manifest.dtype)
         self._on_damage = on_damage
         self._damage = damage
         self._lock = threading.Lock()
-        self._state = np.zeros(len(index), dtype=np.uint8)
-        for number, (shard, _) in enumerate(indices):
-            if shard.name in absent:
-                self._state[self._first[number] : self._first[number + 1]] = _DAMAGED
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
         # Without a shard's index its documents have no place in the order, and every sample
         # becomes another one: then the fingerprint has to differ as well.
         kept = {shard.name for shard in self._shards}
         dropped = [shard.name for shard in manifest.shards if shard.name not in kept]
         identity = "\n".join([manifest.to_json(), *dropped])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self.documents = int(self._first[-1])
+        self.tokens = sum(shard.tokens for shard in shards)
+        self.vocab_size = manifest.vocab_size
+        self.tokenizer_sha256 = manifest.tokenizer_sha256
+        self.end_of_document = manifest.end_of_document
 
-    @classmethod
-    def open(cls, folder: str | Path, on_damage: OnDamage = "stop") -> Corpus:
-        """Return the corpus in `folder` (the one that holds manifest.json).
+    def table(self, number: int) -> Table:
+        """Return the index of a shard, by its place among the shards."""
+        raise NotImplementedError
 
-        Raises ValueError naming file, value and remedy for a missing, foreign, resized or
-        mixed-up file; with on_damage="skip" such a shard is listed in `damage` instead.
-        """
-        if on_damage not in ("stop", "skip"):
-            raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
-        path = Path(folder)
-        manifest = Manifest.read(path)
-        damage = [_foreign(path / name) for name in _unlisted(path, manifest)]
-        indices, absent = [], set()
-        for shard in manifest.shards:
-            fault = shard_fault(path, shard)
-            if fault:
-                damage.append(fault)
-                absent.add(shard.name)
-            try:
-                indices.append((shard, read_index(path, shard, np.dtype(manifest.dtype))))
-            except ValueError as error:
-                damage.append(str(error))
-        if damage and on_damage == "stop":
-            more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-            raise ValueError(damage[0] + more)
-        if not indices:
-            raise ValueError(
-                f"{path} holds no readable document ({manifest.documents} listed);"
-                f" run `longhaul prepare` first"
-            )
-        return cls(path, manifest, indices, damage, on_damage, absent)
+    def first(self, number: int) -> int:
+        """Return the number of a shard's first document."""
+        return int(self._first[number])
+
+    def length(self, document: int) -> int:
+        """Return the tokens of a document."""
+        table, row = self._row(document)
+        return int(table.lengths[row])
 
     @property
     def damage(self) -> tuple[str, ...]:
@@ -129,9 +104,18 @@ class Corpus:
         with self._lock:
             return tuple(self._damage)
 
+    def describe(self) -> str:
+        """Return what there is, as JSON: the manifest."""
+        return self.manifest.to_json()
+
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer kept beside the shards; ValueError if it is another one."""
-        tokenizer = load_tokenizer(self.folder / TOKENIZER)
+        where = self._files.shown(TOKENIZER)
+        try:
+            content = self._files.read(TOKENIZER, self.manifest.tokenizer_sha256, _TOKENIZER_BYTES)
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read ({error}); restore it") from error
+        tokenizer = read_tokenizer(content, where)
         self.manifest.require_tokenizer(tokenizer, self.folder)
         return tokenizer
 
@@ -140,13 +124,16 @@ class Corpus:
 
         Raises ValueError for a damaged one with on_damage="stop".
         """
-        if self._state[document] == _UNKNOWN:
+        table, row = self._row(document)
+        if table.state[row] == _UNKNOWN:
             fault = self._find_fault(document)
+            if fault and self._files.discard(table.shard):
+                fault = self._find_fault(document)
             with self._lock:
-                if self._state[document] == _UNKNOWN and fault:
+                if table.state[row] == _UNKNOWN and fault and fault not in self._damage:
                     self._damage.append(fault)
-                self._state[document] = _DAMAGED if fault else _GOOD
-        if self._state[document] == _GOOD:
+                table.state[row] = _DAMAGED if fault else _GOOD
+        if table.state[row] == _GOOD:
             return True
         if self._on_damage == "stop":
             raise ValueError(self._find_fault(document) or f"document {document} is damaged")
@@ -158,29 +145,30 @@ class Corpus:
 
     def read_stored(self, document: int, start: int, stop: int) -> TokenArray:
         """Return tokens [start, stop) of a document as stored: read-only uint16 or uint32."""
-        assert 0 <= start <= stop <= self.lengths[document], (document, start, stop)
+        table, row = self._row(document)
+        assert 0 <= start <= stop <= table.lengths[row], (document, start, stop)
         if not self.intact(document):
             raise ValueError(f"document {document} of {self.folder} is damaged; see `damage`")
         size = self._dtype.itemsize
-        offset = int(self._offsets[document]) + start * size
+        offset = int(table.offsets[row]) + start * size
         try:
-            content = self._open(self._shard_of(document)).read((stop - start) * size, offset)
+            content = self._files.open(table.shard).read((stop - start) * size, offset)
         except OSError as error:
             raise ValueError(self._describe(document, f"cannot be read: {error}")) from error
         return np.frombuffer(content, dtype=self._dtype)
 
-    def _shard_of(self, document: int) -> int:
-        return int(np.searchsorted(self._first, document, side="right")) - 1
-
-    def _open_shard(self, number: int) -> _OpenFile:
-        return _OpenFile(self.folder / self._shards[number].name)
+    def _row(self, document: int) -> tuple[Table, int]:
+        """Return the table that lists a document, and where."""
+        number = int(np.searchsorted(self._first, document, side="right")) - 1
+        return self.table(number), document - int(self._first[number])
 
     def _find_fault(self, document: int) -> str | None:
-        offset = int(self._offsets[document])
-        left = int(self.lengths[document]) * self._dtype.itemsize
+        table, row = self._row(document)
+        offset = int(table.offsets[row])
+        left = int(table.lengths[row]) * self._dtype.itemsize
         crc = 0
         try:
-            file = self._open(self._shard_of(document))
+            file = self._files.open(table.shard)
             while left > 0:
                 content = file.read(min(left, _CRC_BYTES), offset)
                 crc = zlib.crc32(content, crc)
@@ -188,58 +176,118 @@ class Corpus:
                 left -= len(content)
         except OSError as error:
             return self._describe(document, f"cannot be read: {error}")
-        expected = int(self._crc32[document])
+        expected = int(table.crc32[row])
         if crc == expected:
             return None
         return self._describe(document, f"has crc32 {crc:08x}, its index says {expected:08x}")
 
     def _describe(self, document: int, fault: str) -> str:
-        number = self._shard_of(document)
+        table, row = self._row(document)
         return (
-            f"{self.folder / self._shards[number].name}: document"
-            f" {document - int(self._first[number])} ({int(self.lengths[document])} tokens)"
+            f"{self._files.shown(table.shard.name)}: document"
+            f" {row} ({int(table.lengths[row])} tokens)"
             f" {fault}; restore the shard or set data.on_damage=skip"
         )
 
 
-def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    listed = {shard.name for shard in manifest.shards}
-    return sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+class Corpus(Shards):
+    """A corpus whose whole index is in memory, about 30 bytes a document."""
+
+    def __init__(
+        self,
+        files: Files,
+        manifest: Manifest,
+        tables: list[Table],
+        damage: list[str],
+        on_damage: OnDamage,
+    ) -> None:
+        super().__init__(files, manifest, [table.shard for table in tables], damage, on_damage)
+        self.lengths: NDArray[np.int64] = np.concatenate([table.lengths for table in tables])
+        self.lengths.setflags(write=False)
+        for number, table in enumerate(tables):
+            table.lengths = self.lengths[self._first[number] : self._first[number + 1]]
+        self._tables = tables
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, on_damage: OnDamage = "stop", remote: Remote | None = None
+    ) -> Corpus:
+        """Return the corpus in `folder` (the one that holds manifest.json), or behind such a URL.
+
+        Raises ValueError naming file, value and remedy for a missing, foreign, resized or
+        mixed-up file; with on_damage="skip" such a shard is listed in `damage` instead.
+        """
+        if on_damage not in ("stop", "skip"):
+            raise ValueError(f"on_damage={on_damage!r} is neither 'stop' nor 'skip'")
+        files = open_files(folder, remote)
+        manifest = files.manifest()
+        damage = [foreign(files.shown(name)) for name in files.unlisted(manifest)]
+        files.fetch_indices(manifest)
+        tables = []
+        for shard in manifest.shards:
+            fault = files.fault(shard)
+            if fault:
+                damage.append(fault)
+            try:
+                rows = read_index(files, shard, np.dtype(manifest.dtype))
+                tables.append(Table(shard, rows, damaged=fault is not None))
+            except ValueError as error:
+                damage.append(str(error))
+        if damage and on_damage == "stop":
+            more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+            raise ValueError(damage[0] + more)
+        if not tables:
+            raise ValueError(
+                f"{folder} holds no readable document ({manifest.documents} listed);"
+                f" run `longhaul prepare` first"
+            )
+        return cls(files, manifest, tables, damage, on_damage)
+
+    def table(self, number: int) -> Table:
+        """Return the index of a shard, by its place among the shards."""
+        return self._tables[number]
+
+    def length(self, document: int) -> int:
+        """Return the tokens of a document."""
+        return int(self.lengths[document])
 
 
-def _foreign(path: Path) -> str:
+def foreign(path: str) -> str:
+    """Return what is wrong with a shard that nobody listed."""
     return f"{path} is not in the manifest beside it: a foreign shard; move it away"
 
 
-def shard_fault(folder: Path, shard: Shard) -> str | None:
-    """Return what is wrong with a shard's file as far as its size tells, else None."""
-    path = folder / shard.name
-    remedy = "restore it, set data.on_damage=skip, or run `longhaul prepare --force`"
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return f"{path} is missing ({error.strerror}); {remedy}"
-    if size != shard.bytes:
-        return f"{path} has {size} bytes, the manifest says {shard.bytes}; {remedy}"
-    return None
-
-
-def read_index(folder: Path, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]:
+def read_index(files: Files, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a shard's sidecar (INDEX_DTYPE); ValueError if it is missing or another's."""
-    path = folder / (shard.name + INDEX_SUFFIX)
+    name = shard.name + INDEX_SUFFIX
+    path = files.shown(name)
     remedy = "restore it, set data.on_damage=skip, or run `longhaul prepare --force`"
     try:
-        content = path.read_bytes()
+        content = files.read(name, shard.index_sha256, index_bytes(shard))
     except OSError as error:
-        raise ValueError(f"{path} is missing ({error.strerror}); {remedy}") from error
+        raise ValueError(f"{path} is missing ({error.strerror or error}); {remedy}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != shard.index_sha256:
         raise ValueError(
             f"{path} is not the index of this shard: sha256 {found[:12]}, the manifest says"
             f" {shard.index_sha256[:12]}; {remedy}"
         )
-    index: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    index = _parse(content, shard.documents)
     ends = index["offset"].astype(np.int64) + index["length"].astype(np.int64) * dtype.itemsize
     assert index.dtype == INDEX_DTYPE and len(index) == shard.documents
     assert int(ends.max()) <= shard.bytes
     return index
+
+
+def _parse(content: bytes, documents: int) -> NDArray[Any]:
+    """Return the rows of an index file."""
+    # Not np.load at once: it reads the header with `ast`, which Python 3.11 cannot do in two
+    # threads at a time ("AST constructor recursion depth mismatch", seen with 3.11.7).
+    header = io.BytesIO()
+    fields = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (documents,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    if content.startswith(header.getvalue()):
+        return np.frombuffer(content, dtype=INDEX_DTYPE, offset=len(header.getvalue()))
+    with _HEADERS:  # as another numpy may write it
+        found: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    return found

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data.index import read_index, shard_fault
+from data.files import LocalFiles
+from data.index import read_index
 from data.shards import INDEX_SUFFIX, MANIFEST, TOKENIZER, Shard, sync_folder, write_atomically
 from data.split import Side
 
@@ -155,11 +156,11 @@ class Journal:
         shutil.rmtree(self._work)
 
     def _checked(self, side: Side, shard: Shard, dtype: np.dtype[Any]) -> Shard:
-        folder = self.output / side
-        fault = shard_fault(folder, shard)
+        files = LocalFiles(self.output / side)
+        fault = files.fault(shard)
         if fault is None:
             try:
-                read_index(folder, shard, dtype)
+                read_index(files, shard, dtype)
             except ValueError as error:
                 fault = str(error)
         if fault:

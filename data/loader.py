@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import Corpus
+from data.documents import Documents
 from data.streams import IGNORE, Batch, Segment, Streams
 
 # Steps read ahead for each worker: one in the making and one ready.
@@ -22,7 +22,7 @@ _AHEAD = 2
 
 
 def load(
-    corpus: Corpus,
+    corpus: Documents,
     streams: Streams,
     *,
     position: int,
@@ -66,10 +66,10 @@ def load(
         )
     if workers < 0:
         raise ValueError(f"data.workers={workers} must be at least 0")
-    if len(corpus.lengths) != len(streams.lengths):
+    if corpus.documents != streams.documents:
         raise ValueError(
-            f"the streams were made for {len(streams.lengths)} documents, the corpus holds"
-            f" {len(corpus.lengths)}; build Streams from corpus.lengths"
+            f"the streams were made for {streams.documents} documents, the corpus holds"
+            f" {corpus.documents}; build Streams from corpus.lengths"
         )
     first = position + dp_rank * per_rank
     rows = [first + row for row in range(0, per_rank, micro_batch)]
@@ -81,7 +81,9 @@ def load(
 class _Reader:
     """Builds any step of one rank, from its number alone."""
 
-    def __init__(self, corpus: Corpus, streams: Streams, rows: list[int], micro_batch: int) -> None:
+    def __init__(
+        self, corpus: Documents, streams: Streams, rows: list[int], micro_batch: int
+    ) -> None:
         self._corpus = corpus
         self._streams = streams
         self._rows = rows
@@ -123,7 +125,7 @@ def _ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def assemble(corpus: Corpus, streams: Streams, position: int, rows: int) -> Batch:
+def assemble(corpus: Documents, streams: Streams, position: int, rows: int) -> Batch:
     """Return the samples position .. position + rows - 1 as one batch."""
     import torch  # here, so that `longhaul prepare` and its workers start without torch
 
@@ -172,15 +174,15 @@ def _runs(sample: list[Segment | None]) -> Iterator[tuple[int, int, Segment | No
 
 
 def _fill(
-    corpus: Corpus, run: Segment | None, tokens: NDArray[np.int64], labels: NDArray[np.int64]
+    corpus: Documents, run: Segment | None, tokens: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> None:
     num_tokens = num_labels = 0
     # A damaged document is skipped and named by the corpus; padding keeps its place.
     if run is not None and corpus.intact(run.document):
-        after = min(run.stop + 1, int(corpus.lengths[run.document]))
+        after = min(run.stop + 1, corpus.length(run.document))
         content = corpus.read_stored(run.document, run.start, after)
         num_tokens, num_labels = run.stop - run.start, after - run.start - 1
         tokens[:num_tokens] = content[:num_tokens]
         labels[:num_labels] = content[1:]
-    tokens[num_tokens:] = corpus.manifest.end_of_document
+    tokens[num_tokens:] = corpus.end_of_document
     labels[num_labels:] = IGNORE

@@ -74,6 +74,11 @@ class Shard:
     index_sha256: str
 
 
+def index_bytes(shard: Shard) -> int:
+    """Return about how large a shard's index is: the head that numpy writes, and its rows."""
+    return 128 + shard.documents * INDEX_DTYPE.itemsize
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a folder of shards holds, and which tokenizer made it."""
@@ -115,8 +120,13 @@ class Manifest:
                 f"{path} does not exist: {folder} holds no finished shards; run"
                 f" `longhaul prepare` (again: it continues where it was stopped)"
             )
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, content: bytes, where: str | Path) -> Manifest:
+        """Return the manifest in these bytes; ValueError, naming `where`, if it is none."""
         try:
-            fields = json.loads(path.read_bytes())
+            fields = json.loads(content)
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
@@ -124,7 +134,7 @@ class Manifest:
             manifest._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a manifest of longhaul shards ({error!r}); restore it, or run"
+                f"{where} is not a manifest of longhaul shards ({error!r}); restore it, or run"
                 f" `longhaul prepare --force`"
             ) from error
         return manifest

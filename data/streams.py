@@ -1,26 +1,23 @@
 """Which tokens a sample holds: pure arithmetic over document lengths, no files.
 
-Epoch e permutes the documents. Each is cut into segments; all segments in that order form
-one list; each of the B lanes takes its contiguous share of it and walks through it, N
-segments a step. So a lane reads whole documents one after the other, a memory has a past to
-carry, and a sample is a pure function of (seed, epoch, position) whatever reads it.
+Epoch e has the documents in an order of its own (`data.order`). Each is cut into segments; all
+segments in that order form one list; each of the B lanes takes its contiguous share of it and
+walks through it, N segments a step. So a lane reads whole documents one after the other, a memory
+has a past to carry, and a sample is a pure function of (seed, epoch, position) whatever reads it.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from data.order import Order
+from data.passes import Int64Array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # torch's cross entropy leaves this label out by default.
 IGNORE = -100
-
-Int64Array = NDArray[np.int64]
 
 
 class Batch(NamedTuple):
@@ -53,47 +50,37 @@ class Segment(NamedTuple):
 class Streams:
     """The order of a run: `sample(position)` for every position from 0 on.
 
-    Step t of lane l is position t * lanes + l. Every token of every document is read once an
-    epoch; a share that ends before the epoch does is filled up with None.
+    Step t of lane l is position t * lanes + l. Every token of an epoch's documents is read once
+    in it; a share that ends before the epoch does is filled up with None.
     """
 
     def __init__(
         self, lengths: Int64Array, *, seed: int, lanes: int, segment_len: int, segments: int
     ) -> None:
-        for name, value in (
-            ("lanes", lanes),
-            ("segment_len", segment_len),
-            ("segments", segments),
-        ):
+        if segment_len < 1:
+            raise ValueError(f"segment_len={segment_len} must be at least 1")
+        order = Order.whole(lengths, seed=seed, segment_len=segment_len)
+        self._begin(order, lanes, segments, longest=int(lengths.max()))
+
+    @classmethod
+    def over(cls, order: Order, *, lanes: int, segments: int) -> Streams:
+        """Return the streams of an order: of a mixture, or of a corpus in windows."""
+        streams = cls.__new__(cls)
+        streams._begin(order, lanes, segments, longest=None)
+        return streams
+
+    def _begin(self, order: Order, lanes: int, segments: int, *, longest: int | None) -> None:
+        for name, value in (("lanes", lanes), ("segments", segments)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must not be negative; use {-seed}")
-        if len(lengths) == 0:
-            raise ValueError("the corpus holds 0 documents; prepare one with at least 1")
-        if int(lengths.min()) < 1:
-            raise ValueError(
-                f"document {int(lengths.argmin())} has {int(lengths.min())} tokens; each needs"
-                f" at least 1 (its end-of-document token): prepare the corpus again"
-            )
-        self.lanes = lanes
-        self.segment_len = segment_len
-        self.segments = segments
-        self._seed = seed
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self._counts = -(-self.lengths // segment_len)
-        self.total_segments = int(self._counts.sum())
+        self.order, self.lanes, self.segments = order, lanes, segments
+        self.segment_len = order.segment_len
+        self.documents = order.documents
+        self.total_segments = order.segments
         longest_share = -(-self.total_segments // lanes)
         self.steps_per_epoch = -(-longest_share // segments)
-        # Two epochs: readers that work ahead cross an epoch's end before the last one does.
-        self._epoch = lru_cache(maxsize=2)(self._permute)
-
-    def _permute(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        # Sorted raw PCG64 output, not Generator.permutation: numpy promises the bit streams
-        # of its generators for ever, but not what Generator makes of them (NEP 19).
-        source = np.random.PCG64(np.random.SeedSequence((self._seed, epoch)))
-        order = np.argsort(source.random_raw(len(self.lengths)), kind="stable")
-        return order.astype(np.int64, copy=False), np.cumsum(self._counts[order])
+        self.longest = longest  # tokens of the longest document, where that is known
+        self._read_lanes: set[int] = set()
 
     def sample(self, position: int) -> list[Segment | None]:
         """Return the N segments of this sample; None is an empty (padding) segment."""
@@ -104,18 +91,20 @@ class Streams:
         begin = lane * self.total_segments // self.lanes
         end = (lane + 1) * self.total_segments // self.lanes
         first = begin + step * self.segments
-        order, ends = self._epoch(epoch)
+        if lane not in self._read_lanes:
+            self._read_lanes.add(lane)
+            self.order.hold(len(self._read_lanes))
         found: list[Segment | None] = []
-        place = int(np.searchsorted(ends, first, side="right"))
-        for index in range(first, first + self.segments):
-            if index >= end:
-                found.append(None)
-                continue
-            while ends[place] <= index:
+        window, place = None, 0
+        for index in range(first, min(first + self.segments, end)):
+            if window is None or index >= window.stop:
+                window = self.order.window(epoch, index)
+                place = window.place(index)
+            while window.ends[place] <= index:
                 place += 1
-            document = int(order[place])
-            within = index - int(ends[place]) + int(self._counts[document])
+            document = int(window.documents[place])
+            within, is_first = window.within(place, index)
             start = within * self.segment_len
-            stop = min(start + self.segment_len, int(self.lengths[document]))
-            found.append(Segment(document, start, stop, within == 0 or index == begin))
-        return found
+            stop = min(start + self.segment_len, self.order.length(document))
+            found.append(Segment(document, start, stop, is_first or index == begin))
+        return found + [None] * (self.segments - len(found))

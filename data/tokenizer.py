@@ -171,18 +171,29 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """Return the tokenizer `source` names: "bytes", or the path of a tokenizer.json."""
     if source == ByteTokenizer.name:
         return ByteTokenizer()
-    path = Path(source)
     try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"tokenizer {str(source)!r} cannot be read ({error}); use 'bytes' or the path of a"
-            f" tokenizer.json"
-        ) from error
+        content = Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(_unreadable(str(source), error)) from error
+    return read_tokenizer(content, str(source))
+
+
+def read_tokenizer(content: bytes, where: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json's bytes; ValueError, naming `where`, for others."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(_unreadable(where, error)) from error
     bytes_tokenizer = ByteTokenizer()
     if text == bytes_tokenizer.to_json():
         return bytes_tokenizer
-    return JsonTokenizer(text, str(path))
+    return JsonTokenizer(text, where)
+
+
+def _unreadable(where: str, error: Exception) -> str:
+    return (
+        f"tokenizer {where!r} cannot be read ({error}); use 'bytes' or the path of a tokenizer.json"
+    )
 
 
 def _sha256(text: str) -> str:

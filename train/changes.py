@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 from train.config import Config, ConfigError, validate
 from train.manifest import Manifest
 
-FIXED = ("model", "data.segment_len", "data.sample_len", "train.batch_size", "seed")
+FIXED = (
+    "model",
+    "data.segment_len",
+    "data.sample_len",
+    "data.shuffle_shards",
+    "train.batch_size",
+    "seed",
+)
 """What makes another run of it: shapes of the weights, and which sample is which. The corpus is
 another such thing, known by its fingerprint and not by its path."""
 

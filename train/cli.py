@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from train.checkpoint_cli import checkpoint
+from train.data_cli import data
 from train.generate_cli import ChangesOption, generate
 from train.miniature_cli import miniature
 from train.provenance import PACKAGES, check_provenance
@@ -348,6 +349,7 @@ def evaluate(
 
 app.command()(generate)
 app.command()(miniature)
+app.add_typer(data, name="data")
 app.add_typer(checkpoint)
 
 

@@ -26,19 +26,19 @@ _SLURM = (
 
 
 def describe_run(
-    tracker: Tracker | NoTracker, folder: Path, config_text: str, data_manifest: Path
+    tracker: Tracker | NoTracker, folder: Path, config_text: str, data_manifest: str
 ) -> None:
     """Write down in `folder`, and log, what this run is made of.
 
     Files, also uploaded: config.yaml (resolved), environment.txt, data_manifest.json. Where a
     resumed run brings another version, the earlier one is kept as config.1.yaml and so on.
     Tags: the commit of this code, whether it was changed since, the host, the SLURM job.
-    OSError: the manifest cannot be read, or `folder` not written.
+    OSError: `folder` cannot be written.
     """
     texts = {
         "config.yaml": config_text,
         "environment.txt": environment(),
-        "data_manifest.json": data_manifest.read_text(),
+        "data_manifest.json": data_manifest,
     }
     for name, text in texts.items():
         for path in _keep(folder / name, text):

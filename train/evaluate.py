@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.files import shown_folder
 from data.index import Corpus
 from model.decoder import Output
 from model.memory.base import State
@@ -22,6 +23,7 @@ from train.positions import Condition, Evaluation, table
 from train.progress import short
 from train.rates import aligned, cell_tables
 from train.reading import choose_reading, model_vocab_size
+from train.remote import open_remote
 from train.report import REPORT, Answers, Report, write_report
 from train.verdict import judge, metrics
 
@@ -188,10 +190,10 @@ def _open_corpus(model: Decoder, config: Config, data: Path | None) -> Corpus:
     folder = data or config.data.valid
     if folder is None:
         raise ValueError("the run has no data.valid; name prepared shards with --data FOLDER")
-    corpus = Corpus.open(folder, on_damage=config.data.on_damage)
+    corpus = Corpus.open(folder, config.data.on_damage, open_remote(config))
     if model_vocab_size(config, corpus.manifest.vocab_size) > model.config.vocab_size:
         raise ValueError(
-            f"{folder} has tokens up to {corpus.manifest.vocab_size - 1}, the model's"
+            f"{shown_folder(folder)} has tokens up to {corpus.manifest.vocab_size - 1}, the model's"
             f" vocab_size is {model.config.vocab_size}; prepare it with the run's tokenizer"
         )
     return corpus

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from data.ledger import FOLDER, list_files
 from train.changes import Change, find_changes
 from train.checkpoint import begin, commit
 from train.config import Config, ConfigError, apply_overrides, parse_overrides, validate
@@ -135,7 +136,11 @@ def _take_everything(
     work = begin(_checkpoints(config), manifest.step)
     for name in manifest.files:
         _share(checkpoint / name, work / name)
-    log = checkpoint.parent.parent / "log.jsonl"
+    run = checkpoint.parent.parent
+    for file in list_files(run / FOLDER):  # of the samples until here; later ones are superseded
+        (config.run_dir / FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(file, config.run_dir / FOLDER / file.name)
+    log = run / "log.jsonl"
     if log.exists():
         rows = log.read_text().splitlines(keepends=True)
         kept = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= manifest.step]

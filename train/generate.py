@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.index import Corpus
+from data.files import shown_folder
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.wide import WideCorpus
 from model.compact import Compact, continue_from
 from model.config import LandmarkMemory, NoMemory
 from model.decoder import Decoder
@@ -30,6 +31,7 @@ from model.memory.base import named_tensors
 from model.sampling import Sampler, Sampling
 from model.stream import Stream
 from train.config import Config
+from train.remote import open_remote
 from train.snapshot import read_model
 
 PIECE_CHARACTERS = 1 << 20
@@ -100,13 +102,14 @@ def run(
 def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokenizer:
     """Return the tokenizer of the run's data, or of a file, checked against the model."""
     if file is None:
-        folder = config.data.valid or config.data.train
+        folder = config.data.valid or config.corpora[0].path
         try:
-            words = Corpus.open(folder).tokenizer()
+            # wide: its index is not needed
+            words = WideCorpus.open(folder, remote=open_remote(config)).tokenizer()
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"the run's tokenizer lies in its data, {folder}, which cannot be read ({error});"
-                " give the same one with --tokenizer FILE"
+                f"the run's tokenizer lies in its data, {shown_folder(folder)}, which cannot be"
+                f" read ({error}); give the same one with --tokenizer FILE"
             ) from None
     else:
         words = load_tokenizer(str(file))

@@ -11,18 +11,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.index import Corpus
+from data.remote import Remote
 from train.changes import find_changes
 from train.config import Config, ConfigError
+from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
 from train.manifest import FORMAT, Manifest, list_checkpoints, newest_manifest, saved_format
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
+from train.remote import open_remote
 
 
 class Inputs(NamedTuple):
     """The opened data."""
 
-    train: Corpus
+    train: Training
     valid: Corpus | None
+    remote: Remote | None = None  # what URLs are read with
+
+    def metrics(self) -> dict[str, float]:
+        """Return what this rank fetched from URLs since it began, retries among it."""
+        if self.remote is None:
+            return {}
+        return {f"fetch/{name}": value for name, value in self.remote.cache.traffic().items()}
 
 
 def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inputs:
@@ -40,33 +50,36 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
                 " `longhaul generate --set granularity=tokens`",
             )
         )
-    train = _open(config, config.data.train, "data.train", problems)
+    remote = _open_remote(config, problems)
+    train = open_training(config, problems, remote)
     valid = None
     if config.data.valid is not None:
-        valid = _open(config, config.data.valid, "data.valid", problems)
+        valid = _open(config, config.data.valid, "data.valid", problems, remote)
     if train is not None:
         problems += _tokenizer_problems(config, train, valid)
+        if not needs_counts(config):
+            problems += epoch_problems(config, choose_course(config, train))
     problems += _folder_problems(config.run_dir)
     newest = None if fresh else newest_manifest(config.run_dir / "checkpoints")
     if not fresh:
         problems += _unreadable_problems(config.run_dir / "checkpoints")
     if newest is not None:
-        held = None if train is None else model_vocab_size(config, train.manifest.vocab_size)
+        held = None if train is None else model_vocab_size(config, train.vocab_size)
         problems += checkpoint_problems(config, newest, held)
         if train is not None and newest.data != train.fingerprint:
             problems.append(
                 (
                     "data.train",
-                    f"{config.data.train} is not the corpus that run {config.run_dir} was trained"
-                    " on (its manifest has another fingerprint), so its position means other"
-                    " documents; give that corpus, or start another run from its weights with"
+                    f"{_named(config)} is not what run {config.run_dir} was trained on (another"
+                    " fingerprint: other documents, or other weights), so its position means other"
+                    " documents; give those corpora, or start another run from its weights with"
                     " --fork NAME",
                 )
             )
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
-    return Inputs(train, valid)
+    return Inputs(train, valid, remote)
 
 
 def chooses_by_later_tokens(config: Config) -> bool:
@@ -77,36 +90,52 @@ def chooses_by_later_tokens(config: Config) -> bool:
     )
 
 
+def _named(config: Config) -> str:
+    return " + ".join(part.name for part in config.corpora)
+
+
+def _open_remote(config: Config, problems: list[tuple[str, str]]) -> Remote | None:
+    try:
+        return open_remote(config)
+    except ValueError as error:
+        problems.append(("data.cache_dir", str(error)))
+        return None
+
+
 def _open(
-    config: Config, folder: Path, field: str, problems: list[tuple[str, str]]
+    config: Config,
+    folder: Path,
+    field: str,
+    problems: list[tuple[str, str]],
+    remote: Remote | None,
 ) -> Corpus | None:
     try:
-        return Corpus.open(folder, on_damage=config.data.on_damage)
+        return Corpus.open(folder, config.data.on_damage, remote)
     except (ValueError, OSError) as error:
         problems.append((field, str(error)))
         return None
 
 
 def _tokenizer_problems(
-    config: Config, train: Corpus, valid: Corpus | None
+    config: Config, train: Training, valid: Corpus | None
 ) -> list[tuple[str, str]]:
     problems = []
-    held, asked = train.manifest.vocab_size, config.model.vocab_size
+    held, asked = train.vocab_size, config.model.vocab_size
     needed = model_vocab_size(config, held)
     if asked is not None and asked < needed:
         landmark = f" (and a landmark, {needed})" if needed > held else ""
         problems.append(
             (
                 "model.vocab_size",
-                f"{asked} is less than the {held} tokens of {config.data.train}'s tokenizer"
+                f"{asked} is less than the {held} tokens of {_named(config)}'s tokenizer"
                 f"{landmark}; use {needed} or leave it out",
             )
         )
-    if valid is not None and (valid.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256):
+    if valid is not None and valid.tokenizer_sha256 != train.tokenizer_sha256:
         problems.append(
             (
                 "data.valid",
-                f"{config.data.valid} was made with another tokenizer than {config.data.train};"
+                f"{valid.folder} was made with another tokenizer than {_named(config)};"
                 " prepare both with the same one",
             )
         )

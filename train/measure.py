@@ -235,7 +235,7 @@ def count_steps(streams: Streams, tokens: int | None) -> int:
 
 def _why_not_shuffled(streams: Streams, lanes: int) -> str | None:
     """Return why no memory can be exchanged between a rank's lanes, None where it can."""
-    if len(streams.lengths) == 1:
+    if streams.documents == 1:
         return "cannot be shuffled: the data is one document"
     if lanes == 1:
         return "cannot be shuffled: one stream a rank; give it more documents or fewer ranks"

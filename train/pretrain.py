@@ -9,22 +9,22 @@ import shlex
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data.loader import load
-from data.streams import Streams
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
 from train.config import Config, dump
+from train.corpora import Course, start_course
 from train.describe import describe_run
 from train.fork import read_parent
 from train.held_out import HeldOut, count_parameters
 from train.inputs import Inputs
+from train.ledger import open_ledger
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.progress import Progress, Status
@@ -51,10 +51,11 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
     agree_on(config)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
     torch.manual_seed(config.seed)
-    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    course = start_course(config, inputs.train)
+    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     model_config = to_model_config(config, vocab_size)
     built = build(config, model_config, mesh)
-    code = Pretraining(config, inputs, built, mesh, stop).run()
+    code = Pretraining(config, inputs, course, built, mesh, stop).run()
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
     # and hide the error until the timeout.
     dist.destroy_process_group()
@@ -65,9 +66,15 @@ class Pretraining:
     """One attempt at a run: what its parts share while it lasts."""
 
     def __init__(
-        self, config: Config, inputs: Inputs, built: Built, mesh: Mesh, stop: StopRequest
+        self,
+        config: Config,
+        inputs: Inputs,
+        course: Course,
+        built: Built,
+        mesh: Mesh,
+        stop: StopRequest,
     ) -> None:
-        self.config, self.inputs, self.built = config, inputs, built
+        self.config, self.inputs, self.course, self.built = config, inputs, course, built
         self.mesh, self.stop, self.first = mesh, stop, mesh.rank == 0
         self.folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
         self.tokens_per_step = config.train.batch_size * config.data.sample_len
@@ -80,6 +87,9 @@ class Pretraining:
         config = self.config
         with contextlib.ExitStack() as stack:
             state = self.folder.resume(self._say)
+            position = state.step * config.train.batch_size
+            data = self.inputs.train.fingerprint
+            self.folder.ledger = open_ledger(config, self.mesh, position, data)
             self.progress = stack.enter_context(
                 Progress(
                     config.train.steps,
@@ -94,6 +104,7 @@ class Pretraining:
             self._announce(state)
             finished = self._train(state)
             self.folder.save_now(state)
+            self.folder.ledger.close()  # not after an error: a save may still run beside it
             self._tell_saved()
             if finished:
                 self._finish(state)
@@ -109,17 +120,10 @@ class Pretraining:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
         reading = choose_reading(config, self.built.model.config.vocab_size)
-        streams = Streams(
-            self.inputs.train.lengths,
-            seed=config.seed,
-            lanes=config.train.batch_size,
-            segment_len=reading.segment_len,
-            segments=config.num_segments,
-        )
         with contextlib.closing(
             load(
                 self.inputs.train,
-                streams,
+                self.course.streams,
                 position=state.step * config.train.batch_size,
                 dp_rank=self.mesh.dp_rank,
                 dp_size=self.mesh.dp,
@@ -129,7 +133,9 @@ class Pretraining:
             )
         ) as batches:
             began = time.perf_counter()
-            read = ([reading.prepare(batch) for batch in step] for step in batches)
+            read = self.folder.ledger.recording(
+                [reading.prepare(batch) for batch in step] for step in batches
+            )
             for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
                 self._record(state, result, now - began)
@@ -164,7 +170,9 @@ class Pretraining:
         due = state.step % self.config.train.log_every == 0 or state.step == 1
         if due:
             metrics = {name: value for name, value in row.items() if name not in ("step", "time")}
-            self.tracker.metrics(metrics | memory_norms(state), state.step)
+            metrics |= memory_norms(state) | self.course.metrics(state.step)
+            metrics |= self.inputs.metrics()
+            self.tracker.metrics(metrics, state.step)
         self.progress.update(
             state.step,
             Status(result.loss, result.grad_norm, result.lr, tokens_per_s, used, self._held()),
@@ -281,11 +289,13 @@ class Pretraining:
             f" | {parameters / 1e6:.2f}M parameters a TP rank"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )
+        for line in self.course.describe(config.train.steps):
+            self.progress.say(line)
         describe_run(
             self.tracker,
             self.folder.path,
             dump(config),
-            Path(config.data.train) / "manifest.json",
+            self.inputs.train.describe(),
         )
         self.tracker.params(config.model_dump(mode="json"))
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})

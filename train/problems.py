@@ -6,7 +6,8 @@ fields as soon as one field is wrong, and the user would meet his problems one a
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -66,11 +67,26 @@ def _alternatives(kind: object) -> Iterator[type[BaseModel]]:
 
 
 def _items_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section of each item of a field that is a list of them."""
-    if get_origin(field.annotation) is not tuple:
-        return None
-    item = get_args(field.annotation)[0]
-    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
+    """Return the section of each item of a field that is, or may be, a list of them."""
+    kinds = get_args(field.annotation) if _may_be_value(field) else (field.annotation,)
+    for kind in kinds:
+        item = get_args(kind)[0] if get_origin(kind) is tuple else None
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            return item
+    return None
+
+
+def _may_be_value(field: FieldInfo) -> bool:
+    """Return whether a field takes one of several kinds, such as a path or a list."""
+    return get_origin(field.annotation) in (Union, UnionType)
+
+
+def _value_kind(field: FieldInfo) -> Any:
+    """Return what a field takes that is not a list of sections."""
+    if _items_of(field) is None or not _may_be_value(field):
+        return field.annotation
+    kinds = [kind for kind in get_args(field.annotation) if get_origin(kind) is not tuple]
+    return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -116,7 +132,8 @@ class _Examination:
             elif union_members(field):
                 self.at_union(field, raw.get(name), at.shown + name)
             elif name in raw:
-                if item is None or self.at_items(item, raw[name], at.below(name)):
+                listed = isinstance(raw[name], list | tuple) or not _may_be_value(field)
+                if item is None or not listed or self.at_items(item, raw[name], at.below(name)):
                     self.at_field(field, raw[name], at, name)
             elif field.is_required():
                 self.problems.append(f"{at.shown}{name}: missing; {_first_sentence(field)}")
@@ -199,7 +216,9 @@ class _Examination:
             ]
             return
         rules = tuple(field.metadata)
-        kind: Any = Annotated[(field.annotation, *rules)] if rules else field.annotation
+        listed = isinstance(value, list | tuple)
+        plain: Any = field.annotation if listed else _value_kind(field)
+        kind: Any = Annotated[(plain, *rules)] if rules else plain
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
         try:
             self.values[at.rules + name] = adapter.validate_python(value)

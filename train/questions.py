@@ -30,6 +30,7 @@ from model.decoder import Decoder
 from train.answers import Answered, DecoderReader, PrepareBatch, Reader, lay_out, measure
 from train.confidence import Share, Verdict, paired_difference, share, verdict
 from train.config import Config
+from train.remote import open_remote
 
 PAIRS = (1, 4, 16, 64)
 """Of associative recall: how many codes a document holds."""
@@ -225,7 +226,8 @@ def _check(
 def _valid_texts(config: Config, tokens: int) -> Iterable[str]:
     if config.data.valid is None:
         raise ValueError("the run has no data.valid to hide facts in; name prepared shards or text")
-    return corpus_texts(Corpus.open(config.data.valid, config.data.on_damage), tokens)
+    corpus = Corpus.open(config.data.valid, config.data.on_damage, open_remote(config))
+    return corpus_texts(corpus, tokens)
 
 
 def _plain(value: Share) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 config.yaml      resolved configuration        log.jsonl   one row a step
 checkpoints/     sharded, verified             tracking/   MLflow's spool and embedded store
 summary.png      the end of the run            DONE        written when all steps are done
+ledger/          which samples were consumed
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
 from train import checkpoint, snapshot
 from train.build import Built
@@ -34,12 +36,14 @@ class RunFolder:
         self.config, self.built, self.mesh, self.data = config, built, mesh, data
         self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
         self.saved_at: int | None = None  # the newest step that is saved or being saved
+        self.ledger: Ledger | NoLedger = NoLedger()
         self.saver = Saver(
             self.checkpoints,
             timeout=timedelta(seconds=config.parallel.timeout_s),
             max_failures=config.checkpoint.max_failures,
             say=lambda text: print(text, file=sys.stderr, flush=True),
             committed=self._retain,
+            sync=lambda: self.ledger.sync(),
         )
 
     def resume(self, say: Callable[[str], None]) -> TrainState:

@@ -7,13 +7,16 @@ nearest values that work.
 
 import itertools
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
+from data.files import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
 from train.memories import IN_TURN, Memory, find_memory
 from train.memory_rules import MEMORY_RULES
 from train.remedies import Rule, nearest, nearest_divisors, nearest_multiples, not_multiple
-from train.sections import CurriculumStage
+from train.sections import CorpusShare, CurriculumStage
 
 
 def broken_rules(values: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -110,6 +113,25 @@ def _bptt_len(bptt_len: int | None, sample_len: int, segment_len: int) -> str | 
     else:
         limit = f"does not divide data.sample_len = {sample_len}"
     return f"{bptt_len} {limit}; use {nearest(lengths, bptt_len)}"
+
+
+# corpora
+
+
+def _corpora(train: Path | tuple[CorpusShare, ...]) -> str | None:
+    if isinstance(train, Path):
+        return None
+    if not train:
+        return "[] names no corpus; give a folder, or a list such as [{path: books, weight: 1}]"
+    seen: dict[Path, int] = {}
+    for number, part in enumerate(train):
+        before = seen.setdefault(Path(os.path.normpath(part.path)), number)
+        if before != number:
+            return (
+                f"{part.path} is both [{before}] and [{number}]; name it once, with weight"
+                f" {train[before].weight + part.weight:g}"
+            )
+    return None
 
 
 # ranks and rows
@@ -216,6 +238,20 @@ def _decay_steps(
     )
 
 
+def _cache_dir(
+    cache_dir: Path | None, train: Path | tuple[CorpusShare, ...], valid: Path | None
+) -> str | None:
+    folders = [train] if isinstance(train, Path) else [part.path for part in train]
+    folders += [valid] if valid else []
+    urls = [url for folder in folders if (url := url_of(folder))]
+    if not urls or cache_dir is not None:
+        return None
+    return (
+        f"missing, and {shown_url(urls[0])} is a URL; name a folder on a disk of the node, such as"
+        " /tmp/longhaul-cache"
+    )
+
+
 def _eval_every(eval_every: int | None, valid: object) -> str | None:
     if eval_every is None or valid is not None:
         return None
@@ -244,6 +280,7 @@ RULES: tuple[Rule, ...] = (
     *MEMORY_RULES,
     Rule(_SEGMENT, (_SEGMENT, _CP, "parallel.layout"), _segment_len),
     Rule(_SAMPLE, (_SAMPLE, _SEGMENT), _sample_len),
+    Rule("data.train", ("data.train",), _corpora),
     Rule(_BPTT, (_BPTT, _SAMPLE, _SEGMENT), _bptt_len),
     Rule("parallel", (_TP, _CP, "world_size"), _world_size),
     Rule(_SP, (_SP, _TP, _CP, _MICRO, _BPTT, _SAMPLE, _SEGMENT, "model.memory"), _sharded_rows),
@@ -256,6 +293,7 @@ RULES: tuple[Rule, ...] = (
         ("train.decay_steps", "train.schedule", _STEPS, _WARMUP),
         _decay_steps,
     ),
+    Rule("data.cache_dir", ("data.cache_dir", "data.train", "data.valid"), _cache_dir),
     Rule("train.eval_every", ("train.eval_every", "data.valid"), _eval_every),
     Rule("checkpoint.keep_every", ("checkpoint.keep_every", "checkpoint.every"), _keep_every),
 )

@@ -47,10 +47,14 @@ class Saver:
         max_failures: int,
         say: Callable[[str], None],
         committed: Callable[[], None] = lambda: None,
+        sync: Callable[[], None] = lambda: None,
     ) -> None:
-        """All ranks call this together. committed: called on rank 0 after each commit."""
+        """All ranks call this together. committed: called on rank 0 after each commit.
+
+        sync: called on every rank before a commit, for what must be on disk by then.
+        """
         self.folder, self.max_failures, self.say = folder, max_failures, say
-        self.committed = committed
+        self.committed, self.sync = committed, sync
         # Its own group, on the host: a save's messages meet none of training's.
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.rank, self.failures = dist.get_rank(), 0
@@ -127,6 +131,7 @@ class Saver:
         work = self._together(lambda: begin(self.folder, manifest.step) if first else None)[0]
 
         def write() -> tuple[str, dict[str, Any]]:
+            self.sync()
             path = work / share_name(self.rank)
             digest = write_tensors(path, specs_of(self._copies), self._copies.__getitem__)
             return path.name, {"sha256": digest, "bytes": path.stat().st_size}

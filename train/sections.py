@@ -8,10 +8,12 @@ own plain dataclasses with the same names, so that it needs no pydantic.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainSerializer
 
+from data.files import shown_folder, url_of
 from train.memories import Memory, NoMemory
 from train.units import (
+    ByteSize,
     Count,
     Decay,
     Duration,
@@ -25,6 +27,11 @@ from train.units import (
 
 # it names a folder, an experiment's run and files, so nothing a shell or a URL would change
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# a Path folds the // of a URL: data.files unfolds it
+Folder = Annotated[
+    Path,
+    PlainSerializer(lambda path: url_of(path) or str(path), return_type=str, when_used="json"),
+]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -76,14 +83,62 @@ class ModelSection(Section):
     )
 
 
+class CorpusShare(Section):
+    """A corpus of a mixture."""
+
+    path: Folder = Field(description="Folder or URL of prepared training shards.")
+    weight: Positive = Field(
+        default=1.0,
+        description="Share of the tokens read that comes from this corpus, in proportion to the"
+        " weights of the others; they need not add up to 1.",
+    )
+    max_epochs: Count | None = Field(
+        default=None,
+        description="The most often that any document of this corpus may be read in the whole run"
+        " (train.steps); a run that would read more does not start. Left out: no limit.",
+    )
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return shown_folder(self.path)
+
+
 class DataSection(Section):
     """Where the tokens come from and how documents are cut. Prepare folders with `prepare`."""
 
-    train: Path = Field(
-        description="Folder of prepared training shards (`longhaul prepare` writes it)."
+    train: Folder | tuple[CorpusShare, ...] = Field(
+        description="Folder of prepared training shards (`longhaul prepare` writes it). Or their"
+        " URL, http(s)://, s3:// or what else fsspec reads, with cache_dir. Or a list such as"
+        " [{path: books, weight: 3}, {path: code, weight: 1, max_epochs: 4}]: a mixture."
     )
-    valid: Path | None = Field(
-        default=None, description="Folder of prepared validation shards; needed by eval_every."
+    shuffle_shards: Count | None = Field(
+        default=None,
+        description="Shards whose documents are shuffled together, in an order of shards that is"
+        " new in each epoch; memory is then bounded by this many shards a lane. For corpora of"
+        " some ten million documents and more. Left out: all documents are shuffled.",
+    )
+    valid: Folder | None = Field(
+        default=None,
+        description="Folder or URL of prepared validation shards; needed by eval_every.",
+    )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Folder for shards that come from a URL, on a disk of the node: its ranks share"
+        " it, and other runs may.",
+    )
+    cache_bytes: ByteSize = Field(
+        default=64 << 30,
+        description="Most that cache_dir may hold; what was used longest ago goes first. At least"
+        " the shards that a node reads at once, or they are fetched again. Units: 200G, 2T.",
+    )
+    fetch_attempts: Count = Field(
+        default=10,
+        description="Times that a file of a URL is asked for, with growing pauses of up to 30 s,"
+        " before the run stops.",
+    )
+    fetch_timeout_s: Duration = Field(
+        default=60.0, description="Seconds without a byte after which an attempt has failed."
     )
     segment_len: TokenLength = Field(
         description="Tokens (S) in a segment: what attention sees at once, and the step of the"
@@ -333,6 +388,12 @@ class Config(Section):
     tracking: TrackingSection = Field(
         default_factory=TrackingSection, description="Where metrics go."
     )
+
+    @property
+    def corpora(self) -> tuple[CorpusShare, ...]:
+        """The training corpora: several, or one."""
+        train = self.data.train
+        return (CorpusShare(path=train),) if isinstance(train, Path) else train
 
     @property
     def num_segments(self) -> int:

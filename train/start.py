@@ -39,7 +39,7 @@ def open_run(
 def _open_fork(config: Config, name: str, world_size: int, *, first: bool) -> tuple[Config, Inputs]:
     inputs = open_inputs(without_start(config), world_size, fresh=True)
     fingerprint = inputs.train.fingerprint
-    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     fork = plan_fork(config, name, fingerprint, vocab_size)
     if first and not fork.begun:
         begin_fork(fork, fingerprint, vocab_size, _say)

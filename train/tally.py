@@ -30,7 +30,8 @@ class Tally:
         self.lanes, self.segment_len, self.mesh = streams.lanes, streams.segment_len, mesh
         self.length = steps * streams.segments  # of a lane, in segments
         self.places = places  # of this rank's tokens in their segment
-        self.edges = bucket_edges(streams.segment_len, int(streams.lengths.max()))
+        assert streams.longest is not None
+        self.edges = bucket_edges(streams.segment_len, streams.longest)
         self.late = self.edges.index(streams.segment_len)  # the first bucket with a past
         self.passage = np.full(self.lanes, -1)
         self.begin = np.zeros(self.lanes, dtype=np.int64)

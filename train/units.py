@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)")
 _TOKEN_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_BYTE_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?B)?")
+_BYTE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h|d)\s*")
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -47,6 +49,18 @@ def parse_tokens(value: object) -> int:
         return value
     raise ValueError(
         f"expected a number of tokens such as 8192, 32k (32768) or 1M (1048576), got {shown(value)}"
+    )
+
+
+def parse_bytes(value: object) -> int:
+    """Return a number of bytes from `1000000`, `512M` (536870912), `1.5G` or `2T`."""
+    match = _BYTE_SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is not None:
+        return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(
+        f"expected a number of bytes such as 1000000, 512M, 200G or 2T, got {shown(value)}"
     )
 
 
@@ -101,6 +115,12 @@ TokenLength = Annotated[
     int,
     Field(ge=1),
     BeforeValidator(parse_tokens, json_schema_input_type=_AnyCount | _TokensText),
+]
+_BytesText = Annotated[str, Field(pattern=rf"^{_BYTE_SIZE.pattern}$")]
+ByteSize = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(parse_bytes, json_schema_input_type=_AnyCount | _BytesText),
 ]
 _AnyPositive = Annotated[float, Field(gt=0)]
 _DurationText = Annotated[str, Field(pattern=rf"^({_DURATION.pattern})+$")]

@@ -27,12 +27,16 @@ class Numbers:
 
 
 def write_numbers(
-    folder: Path, lengths: Sequence[int], shard_tokens: int = 64, vocab_size: int = 1 << 20
+    folder: Path,
+    lengths: Sequence[int],
+    shard_tokens: int = 64,
+    vocab_size: int = 1 << 20,
+    first: int = 1,
 ) -> Manifest:
-    """Write documents of these lengths (closing token included); tokens count up from 1."""
-    first = np.cumsum([1, *(length - 1 for length in lengths)])
+    """Write documents of these lengths (closing token included); tokens count up from `first`."""
+    begins = np.cumsum([first, *(length - 1 for length in lengths)])
     documents = [
-        np.arange(begin, begin + length - 1) for begin, length in zip(first, lengths, strict=False)
+        np.arange(begin, begin + length - 1) for begin, length in zip(begins, lengths, strict=False)
     ]
     tokenizer = Numbers(vocab_size)
     return write_corpus(folder, documents, tokenizer=tokenizer, shard_tokens=shard_tokens)

@@ -51,6 +51,7 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "evaluate",
         "generate",
         "miniature",
+        "data",
         "checkpoint",
     ]
 

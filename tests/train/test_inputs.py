@@ -205,7 +205,7 @@ def test_what_concerns_a_memorys_training_alone_may_change(
 def test_a_checkpoint_of_other_data(run: Path, tmp_path: Path) -> None:
     other = prepare_shards(tmp_path, seed=1)
     line = one_line(tiny(run, other), world_size=2)
-    assert_says(line, "data.train: ", other.train, "is not the corpus", run, "--fork NAME")
+    assert_says(line, "data.train: ", other.train, "is not what run", run, "--fork NAME")
 
 
 FREELY = {

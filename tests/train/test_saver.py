@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -122,6 +123,23 @@ def save_two_at_once(folder: Path) -> list[int]:
 def test_two_saves_never_overlap(tmp_path: Path) -> None:
     assert run_ranks(1, save_two_at_once, tmp_path) == [[1]]
     assert [verify(path).step for path in list_checkpoints(tmp_path)] == [1, 2]
+
+
+def growth_while_saving(folder: Path) -> tuple[int, int]:
+    """Return the bytes of a share, and by how much this process grew while it was saved twice."""
+    share = {f"a/{i}@0": torch.randn(1 << 21) for i in range(16)}
+    writer = open_saver(folder)
+    before = psutil.Process().memory_info().rss
+    for step in (1, 2):
+        writer.start(share, manifest_of(step))
+        writer.finish()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sum(tensor.nbytes for tensor in share.values()), peak - before
+
+
+def test_a_save_takes_no_more_than_one_more_share(tmp_path: Path) -> None:
+    ((share, growth),) = run_ranks(1, growth_while_saving, tmp_path)
+    assert growth < 1.25 * share  # the copy, and what a chunk's write needs
 
 
 # killed while saving

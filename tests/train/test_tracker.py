@@ -435,15 +435,14 @@ def test_a_description_keeps_each_version_and_names_the_job(
 
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text('{"tokens": 1}')
+    manifest = '{"tokens": 1}'
     run = tmp_path / "run"
     run.mkdir()
     for config in ("steps: 1\n", "steps: 1\n", "steps: 2\n"):
         describe_run(Listening(), run, config, manifest)
     assert (run / "config.yaml").read_text() == "steps: 2\n"
     assert (run / "config.1.yaml").read_text() == "steps: 1\n"
-    assert (run / "data_manifest.json").read_text() == manifest.read_text()
+    assert (run / "data_manifest.json").read_text() == manifest
     assert "\ntorch==" in (run / "environment.txt").read_text()
     assert sorted(set(logged["files"])) == sorted(path.name for path in run.iterdir())
     assert logged["tags"]["slurm.job_id"] == "42"

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from data.loader import load
 from data.prepare import prepare
-from data.streams import IGNORE, Batch, Streams
+from data.streams import IGNORE, Batch
 from data.tokenizer import load_tokenizer
 from parallel.mesh import Mesh, build_mesh
 from train.build import Built, build, to_model_config
 from train.config import Config, validate
+from train.corpora import choose_course
 from train.inputs import Inputs, open_inputs
 from train.reading import choose_reading, model_vocab_size
 
@@ -116,7 +117,7 @@ def build_tiny(config: Config) -> tuple[Built, Mesh, Inputs]:
     inputs = open_inputs(config, torch.distributed.get_world_size())
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp)
     torch.manual_seed(config.seed)
-    vocab_size = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     model_config = to_model_config(config, vocab_size)
     return build(config, model_config, mesh), mesh, inputs
 
@@ -128,15 +129,9 @@ def tiny_config(shards: Shards, **changes: object) -> Config:
 
 def read_steps(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> list[list[Batch]]:
     """Return the first steps' micro-batches of this rank."""
-    needed = model_vocab_size(config, inputs.train.manifest.vocab_size)
+    needed = model_vocab_size(config, inputs.train.vocab_size)
     reading = choose_reading(config, config.model.vocab_size or needed)
-    streams = Streams(
-        inputs.train.lengths,
-        seed=config.seed,
-        lanes=config.train.batch_size,
-        segment_len=reading.segment_len,
-        segments=config.num_segments,
-    )
+    streams = choose_course(config, inputs.train).streams
     return [
         [reading.prepare(batch) for batch in step]
         for step in load(

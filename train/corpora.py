@@ -1,0 +1,195 @@
+"""A run's training corpora: opened, mixed, and put in the order in which they are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch.distributed as dist
+
+from data.counts import counts_file, read_counts, write_counts
+from data.index import Corpus
+from data.mixture import Component, Mixture, Share, plan
+from data.passes import Int64Array
+from data.remote import Remote
+from data.streams import Streams
+from data.wide import WideCorpus
+from train.config import Config, ConfigError
+from train.reading import choose_reading
+
+Training: TypeAlias = Corpus | WideCorpus | Mixture
+
+_MUCH_PADDING = 0.05
+"""Of an epoch; what a few percent cost is nothing beside a weight that somebody wants."""
+
+
+class Course(NamedTuple):
+    """What a run reads, sample by sample, and how much of each corpus that is."""
+
+    streams: Streams
+    shares: list[Share]
+
+    def metrics(self, steps: int) -> dict[str, float]:
+        """Return how often each corpus of a mixture was read, and its tokens, after so many steps.
+
+        A pure function of the step: exact at the end of each epoch of the mixture; within one, as
+        if every lane had read all corpora alike.
+        """
+        if len(self.shares) == 1:
+            return {}
+        done = steps / self.streams.steps_per_epoch
+        found = {}
+        names = metric_names([share.name for share in self.shares])
+        for name, share in zip(names, self.shares, strict=True):
+            found[f"data/epochs/{name}"] = done * share.of_corpus
+            found[f"data/tokens/{name}"] = done * share.of_corpus * share.tokens
+        return found
+
+    def describe(self, steps: int) -> list[str]:
+        """Return a line for each corpus of a mixture: its share, and how often it is read."""
+        if len(self.shares) == 1:
+            return []
+        per_epoch = self.streams.steps_per_epoch
+        tokens = [share.of_corpus * share.tokens for share in self.shares]
+        lines = [
+            f"{share.name}: {part / sum(tokens):.2%} of the tokens, {share.of_corpus:.4g} of it in"
+            f" an epoch of {per_epoch:,} steps, {steps / per_epoch * share.of_corpus:.3g} times in"
+            f" {steps:,} steps"
+            for share, part in zip(self.shares, tokens, strict=True)
+        ]
+        places = per_epoch * self.streams.lanes * self.streams.segments
+        empty = 1 - self.streams.total_segments / places
+        if empty > _MUCH_PADDING:
+            smallest = max(self.shares, key=lambda share: share.of_corpus)
+            lines.append(
+                f"WARNING: an epoch of the mixture is only {per_epoch:,} steps, and {empty:.0%} of"
+                f" it is padding; it ends with {smallest.name}: lower that one's weight"
+            )
+        return lines
+
+
+def open_training(
+    config: Config, problems: list[tuple[str, str]], remote: Remote | None = None
+) -> Training | None:
+    """Return the corpora of data.train, none of which waits for another; None with a problem."""
+    opener = Corpus if config.data.shuffle_shards is None else WideCorpus
+    several = not isinstance(config.data.train, Path)
+    found: list[Component] = []
+    before = len(problems)
+    for number, part in enumerate(config.corpora):
+        try:
+            corpus = opener.open(part.path, config.data.on_damage, remote)
+        except (ValueError, OSError) as error:
+            problems.append((f"data.train[{number}].path" if several else "data.train", str(error)))
+        else:
+            found.append(Component(part.name, corpus, part.weight))
+    if len(problems) > before:
+        return None
+    if not several:
+        return found[0].corpus
+    try:
+        return Mixture(found)
+    except ValueError as error:
+        problems.append(("data.train", str(error)))
+        return None
+
+
+def needs_counts(config: Config) -> bool:
+    """Return whether the order is known only after a pass over the corpora's indices."""
+    return config.data.shuffle_shards is not None
+
+
+def choose_course(
+    config: Config, training: Training, counts: Sequence[Int64Array] | None = None
+) -> Course:
+    """Return the course of a run. counts: see data.mixture.plan."""
+    order, shares = plan(
+        training,
+        counts,
+        seed=config.seed,
+        segment_len=choose_reading(config, 0).segment_len,
+        shuffle_shards=config.data.shuffle_shards,
+    )
+    lanes, segments = config.train.batch_size, config.num_segments
+    return Course(Streams.over(order, lanes=lanes, segments=segments), shares)
+
+
+def epoch_problems(config: Config, course: Course) -> list[tuple[str, str]]:
+    """Return (field, message) for each corpus that would be read more than its max_epochs."""
+    shares = {share.name: share for share in course.shares}
+    steps, per_epoch = config.train.steps, course.streams.steps_per_epoch
+    problems = []
+    for number, part in enumerate(config.corpora):
+        share, limit = shares[part.name], part.max_epochs
+        reads = share.most_reads(-(-steps // per_epoch))
+        if limit is None or reads <= limit:
+            continue
+        fewer = share.most_epochs(limit) * per_epoch
+        problems.append(
+            (
+                f"data.train[{number}].max_epochs",
+                f"{limit}, but documents of {part.name} would be read up to {reads} times in"
+                f" train.steps = {steps:,} ({steps / per_epoch:.3g} epochs of the mixture of"
+                f" {per_epoch:,} steps, each with {share.of_corpus:.3g} of this corpus); lower its"
+                f" weight, use at most {fewer:,} steps, or raise max_epochs to {reads}",
+            )
+        )
+    return problems
+
+
+def start_course(config: Config, training: Training) -> Course:
+    """Return the course of a run, the same on all ranks, which call this together.
+
+    Where it takes a pass over indices, rank 0 does that, once for a run folder, and all are told.
+    Raises ConfigError, on all ranks, for damage that it finds, and for max_epochs.
+    """
+    if not needs_counts(config):
+        return choose_course(config, training)
+    components = training.components if isinstance(training, Mixture) else None
+    corpora = [part.corpus for part in components] if components else [training]
+    told: list[list[Int64Array] | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [[_count(config, corpus) for corpus in corpora]]
+        except (ValueError, OSError) as error:
+            told = [str(error)]
+    dist.broadcast_object_list(told)
+    (result,) = told
+    assert result is not None
+    if isinstance(result, str):
+        raise ConfigError(config.name, [f"data.train: {result}"])
+    course = choose_course(config, training, result)
+    if problems := epoch_problems(config, course):
+        raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
+    return course
+
+
+def _count(config: Config, corpus: object) -> Int64Array:
+    """Return the segments of each shard of a corpus, after a look at all its files."""
+    assert isinstance(corpus, WideCorpus)
+    corpus.check()
+    segment_len = choose_reading(config, 0).segment_len
+    path = counts_file(config.run_dir / "data", corpus, segment_len)
+    counts = read_counts(path, corpus, segment_len)
+    if counts is None:
+        shards = len(corpus.manifest.shards)
+        print(
+            f"{corpus.folder}: counting the segments of {shards:,} shards, once for this run",
+            file=sys.stderr,
+            flush=True,
+        )
+        counts = corpus.scan(segment_len)
+        write_counts(path, corpus, segment_len, counts)
+    return counts
+
+
+def metric_names(names: Sequence[str]) -> list[str]:
+    """Return short, different names of corpora: the ends of their paths, as long as it takes."""
+    parts = [Path(name).parts for name in names]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = ["_".join(part[-length:]) for part in parts]
+        if len(set(ends)) == len(ends) and not set(ends) & {"train", "valid"}:
+            return ends
+    return [name.strip("/").replace("/", "_") for name in names]
