@@ -35,6 +35,7 @@ from tests.train.faults import Fault, applicable
 from tests.train.tiny import LANES, Shards, tiny
 from train.config import Config, validate
 from train.manifest import list_checkpoints, step_of
+from train.verify import verify as verify_runs
 
 STEPS = 40
 EVERY = 2
@@ -94,6 +95,7 @@ class Drill:
 
     trials: list[Trial] = field(default_factory=list)
     rounds: int = 0
+    ledgers: int = 0  # rounds whose ledger has every sample once, and as the undisturbed run
     same_bits: int = 0  # rounds in one layout that ended bit for bit as the undisturbed run
     worst: float = 0.0  # largest relative difference of a loss in the other rounds
     seconds: float = 0.0
@@ -136,8 +138,11 @@ def run_drill(
 def _compare(
     drill: Drill, run_dir: Path, whole: Path, stays: bool, say: Callable[[str], None]
 ) -> None:
-    """Compare a run with the undisturbed one."""
+    """Compare a run with the undisturbed one: what it read, and what came of it."""
+    read = verify_runs([run_dir, whole])
+    drill.ledgers += read.good
     try:
+        assert read.good, "; ".join(read.sentences)
         if stays:
             assert_same_bits(run_dir, whole, STEPS)
             drill.same_bits += 1

@@ -58,6 +58,8 @@ def report(drill: Drill, *, seed: int, layouts: Sequence[Layout]) -> str:
         f" {moments['save']} aimed at a save; {sum(t.unfinished for t in trials)} left a save"
         " unfinished.",
         "- Found: the fault was named, and the start went on from the newest good checkpoint.",
+        f"- {drill.ledgers} of {drill.rounds} ledgers (`longhaul data verify`) hold every sample"
+        " exactly once, the same as the undisturbed run's.",
         f"- {drill.same_bits} runs kept their layout, and their losses, gradient norms, weights,"
         " moments, memory and random state at the end equal those of the undisturbed run bit for"
         " bit.",

@@ -19,6 +19,7 @@ def test_nothing_is_lost_by_kills_and_faults(seed: int, tmp_path: Path) -> None:
     assert drill.failures == []
     assert len(drill.trials) == 24
     assert all(trial.found for trial in drill.trials)
+    assert drill.ledgers == drill.rounds >= 2
     assert drill.same_bits >= 1
 
 
