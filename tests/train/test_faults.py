@@ -6,8 +6,12 @@ next start of two ranks makes of it.
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +19,12 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.train.attempts import finish
+from tests.train.attempts import finish, forked, pretrain, read_rows
 from tests.train.faults import FAULTS, Fault
 from tests.train.tiny import Shards, build_tiny, masters, tiny
+from train import saver
 from train.checkpoint import list_checkpoints, verify
-from train.config import validate
+from train.config import Config, validate
 from train.resume import RunFolder
 
 pytestmark = pytest.mark.gloo
@@ -159,3 +164,59 @@ def test_with_all_damaged_no_rank_begins_again_unasked(outcomes: dict[str, Outco
 def test_the_run_itself_stays_good(run: Path, outcomes: dict[str, Outcome]) -> None:
     for checkpoint in list_checkpoints(run / "checkpoints"):
         verify(checkpoint)
+
+
+# a disk that refuses while a run goes on
+
+
+def fill_disk(rank: int) -> None:
+    if rank == 1:
+        # a real failure of write(2), as a full disk gives: more than the log takes, not a share
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def make_read_only(rank: int) -> None:
+    def refuse(folder: Path, step: int) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    # (tests may run as the super-user, who may write into every folder)
+    vars(saver)["begin"] = refuse
+
+
+def pretrain_until_refused(config: Config, refuse: Callable[[int], None]) -> int:
+    """Train; after the first checkpoint the disk takes no other."""
+    from train.pretrain import Pretraining
+
+    vars(saver)["RETRY_AFTER_S"] = (0.01,)
+    record = Pretraining._record
+
+    def hook(self: Any, state: Any, *others: Any) -> None:
+        record(self, state, *others)
+        if state.step == EVERY + 1:
+            self.folder.wait()
+            refuse(self.mesh.rank)
+
+    Pretraining._record = hook  # type: ignore[method-assign]
+    return pretrain(config)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "reason"),
+    [(fill_disk, "rank 1: [Errno 27] File too large"), (make_read_only, "Read-only file system")],
+)
+def test_a_disk_that_refuses_is_told_and_ends_the_run_at_its_limit_with_nothing_lost(
+    refuse: Callable[[int], None], reason: str, tmp_path: Path, shards: Shards
+) -> None:
+    raw = settings(tmp_path / "run", shards)
+    raw["train"]["steps"], raw["checkpoint"]["max_failures"] = 10, 2
+    config = validate(raw)
+    with forked(RANKS, config.run_dir, pretrain_until_refused, config, refuse) as attempt:
+        assert attempt.wait() == [1, 1]
+        said = attempt.text()
+    assert "again in" in said and reason in said
+    assert "2 checkpoints in a row could not be saved (checkpoint.max_failures=2)" in said
+    assert read_rows(config.run_dir)[-1]["step"] > 2 * EVERY  # it went on after the first
+    (kept,) = list_checkpoints(config.run_dir / "checkpoints")
+    assert verify(kept).step == EVERY
+    assert f"resumed at step {EVERY}" in finish(RANKS, config)
+    assert [row["step"] for row in read_rows(config.run_dir)] == list(range(1, 11))

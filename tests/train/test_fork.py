@@ -28,6 +28,7 @@ from train.changes import find_changes
 from train.config import Config, ConfigError, validate
 from train.fork import PARENT, begin_fork, plan_fork, what_is_kept
 from train.manifest import list_checkpoints, read_manifest, verify
+from train.verify import verify as verify_runs
 
 pytestmark = pytest.mark.gloo
 
@@ -83,6 +84,8 @@ def test_a_branch_goes_on_as_the_parent_would(parent: Path, shards: Shards, tmp_
     whole = validate(settings(tmp_path / "whole", shards, train__steps=10))
     finish(RANKS, whole)
     assert losses(branch) == losses(whole.run_dir)  # the parent's steps too
+    read = verify_runs([branch, whole.run_dir])
+    assert read.good, read.sentences
     assert tensors_of(branch, 10).keys() == tensors_of(whole.run_dir, 10).keys()
     remove(branch)
 
