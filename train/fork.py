@@ -50,7 +50,7 @@ class Fork(NamedTuple):
     parent: Path  # run folder
     config: Config  # of the new run
     keeps: Kept
-    begun: bool  # whether it has its first checkpoint, or needs none: to be gone on with
+    begun: bool  # whether it has a checkpoint to go on from
 
 
 def plan_fork(config: Config, name: str, fingerprint: str, vocab_size: int) -> Fork:
@@ -61,12 +61,12 @@ def plan_fork(config: Config, name: str, fingerprint: str, vocab_size: int) -> F
     """
     child = _renamed(config, name)
     origin = read_parent(child.run_dir)
-    if origin is not None and Path(origin["run"]) == config.run_dir:
+    ours = origin is not None and Path(origin["run"]) == config.run_dir
+    if origin is not None and ours and list_checkpoints(_checkpoints(child)):
         if origin["keeps"] == "weights":
             child = _starting_from(child, Path(origin["checkpoint"]))
-        begun = origin["keeps"] == "weights" or bool(list_checkpoints(_checkpoints(child)))
-        return Fork(config.run_dir, child, origin["keeps"], begun)
-    if child.run_dir.exists() and any(child.run_dir.iterdir()):
+        return Fork(config.run_dir, child, origin["keeps"], begun=True)
+    if not ours and child.run_dir.exists() and any(child.run_dir.iterdir()):
         raise _problem(name, f"{child.run_dir} is another run's folder already; give another name")
     manifest = newest_manifest(_checkpoints(config))
     if manifest is None:

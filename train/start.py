@@ -41,10 +41,10 @@ def _open_fork(config: Config, name: str, world_size: int, *, first: bool) -> tu
     fingerprint = inputs.train.fingerprint
     vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     fork = plan_fork(config, name, fingerprint, vocab_size)
-    if first and not fork.begun:
-        begin_fork(fork, fingerprint, vocab_size, _say)
     if fork.begun or fork.keeps == "weights":
         inputs = open_inputs(fork.config, world_size)
+    if first and not fork.begun:
+        begin_fork(fork, fingerprint, vocab_size, _say)
     return fork.config, inputs
 
 

@@ -28,11 +28,18 @@ from train.changes import find_changes
 from train.config import Config, ConfigError, validate
 from train.fork import PARENT, begin_fork, plan_fork, what_is_kept
 from train.manifest import list_checkpoints, read_manifest, verify
+from train.sections import ModelSection
+from train.start import open_run
 from train.verify import verify as verify_runs
 
 pytestmark = pytest.mark.gloo
 
 RANKS, STEPS, EVERY = 2, 6, 2
+
+
+needs_init_from = pytest.mark.skipif(
+    "init_from" not in ModelSection.model_fields, reason="no model.init_from"
+)
 
 
 def settings(folder: Path, shards: Shards, **changes: object) -> dict[str, Any]:
@@ -162,6 +169,29 @@ def test_what_is_kept_follows_from_what_is_changed(
     manifest = read_manifest(list_checkpoints(parent / "checkpoints")[-1])
     found = find_changes(validate(settings(parent, shards, **changes)), manifest)
     assert what_is_kept(found, same_data) == kept
+
+
+@needs_init_from
+def test_another_memory_takes_the_weights_by_name(parent: Path, shards: Shards) -> None:
+    config = validate(settings(parent, shards, model__memory={"name": "window"}, train__steps=4))
+    child, text = start(config, "windowed")
+    assert f"begins with weights of {parent}/checkpoints/step-00000006" in text
+    assert f"weights from {parent}/checkpoints/step-00000006 (step 6)" in text
+    assert [row["step"] for row in read_rows(child)] == [1, 2, 3, 4]
+    manifest = manifest_of(child, 4)
+    assert (manifest["updates"], manifest["parent"]["keeps"]) == (4, "weights")
+    assert manifest["config"]["model"]["init_from"] == str(parent / "checkpoints/step-00000006")
+    _, again = start(config, "windowed")
+    assert "resumed at step 4" in again
+    remove(child)
+
+
+@needs_init_from
+def test_a_model_whose_weights_do_not_fit_leaves_no_folder(parent: Path, shards: Shards) -> None:
+    config = validate(settings(parent, shards, model__num_layers=3))
+    with pytest.raises(ConfigError, match="model.num_layers: 3, but "):
+        open_run(config, 1, fork="deeper")
+    assert not parent.with_name("deeper").exists()
 
 
 # started again, and refused
