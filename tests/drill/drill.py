@@ -275,9 +275,9 @@ class Round:
 
     def _prepare(self, trial: Trial) -> None:
         """Look at what a kill left, and damage the newest checkpoint in some trials."""
-        trial.unfinished = any(self.checkpoints.glob("step-*.tmp"))
         if self.open:
             return  # it came before anything was judged, let alone written
+        trial.unfinished = any(self.checkpoints.glob("step-*.tmp"))
         complete = list_checkpoints(self.checkpoints)
         self.failures += [fault for path in complete for fault in what_is_wrong(path)]
         steps = [0, *map(step_of, complete)]
