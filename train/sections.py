@@ -86,7 +86,7 @@ class ModelSection(Section):
 class CorpusShare(Section):
     """A corpus of a mixture."""
 
-    path: Folder = Field(description="Folder or URL of prepared training shards.")
+    path: Folder = Field(description="Folder of prepared training shards, or its URL.")
     weight: Positive = Field(
         default=1.0,
         description="Share of the tokens read that comes from this corpus, in proportion to the"

@@ -13,7 +13,7 @@ from data.shards import write_corpus
 from data.tokenizer import load_tokenizer
 from tests.data.corpora import write_numbers
 from tests.ranks import run_ranks
-from tests.train.attempts import finish
+from tests.train.attempts import finish, losses
 from tests.train.runs import problems, small
 from tests.train.test_inputs import assert_says, lines, one_line
 from tests.train.test_resume import HALF, STEPS, assert_same_bits, kill_while_at
@@ -21,6 +21,7 @@ from tests.train.tiny import LANES, Shards, tiny
 from train.config import Config, ConfigError, validate
 from train.corpora import choose_course, metric_names, start_course
 from train.inputs import open_inputs
+from train.verify import verify
 
 
 class Two(NamedTuple):
@@ -282,3 +283,27 @@ def test_a_killed_run_of_a_mixture_in_windows_goes_on_bit_for_bit(
     ):
         raw = tiny(broken.run_dir, shards, **{"data__train": mixed(two), **changes, **change})
         assert_says(one_line(raw), broken.run_dir, "another name")
+
+
+@pytest.mark.slow
+def test_4_2_3_and_6_ranks_read_a_mixture_as_one_does(
+    tmp_path: Path, two: Two, shards: Shards
+) -> None:
+    def until(steps: int, name: str) -> Config:
+        changes = {
+            "data__shuffle_shards": 2,
+            "data__workers": 2,
+            "train__batch_size": 12,
+            "train__steps": steps,
+            "train__schedule": "constant",
+        }
+        return validate(run_of(tmp_path / name, shards, mixed(two), **changes))
+
+    finish(1, until(16, "one"))
+    for size, steps in ((4, 4), (2, 8), (3, 12), (6, 16)):
+        finish(size, until(steps, "many"))
+    found = verify([tmp_path / "many", tmp_path / "one"])
+    assert found.good, found.sentences
+    assert "the same 192 samples in the same order" in "\n".join(found.sentences)
+    ours, theirs = (np.array(losses(tmp_path / name)) for name in ("many", "one"))
+    np.testing.assert_allclose(ours[:, 1], theirs[:, 1], rtol=1e-6)

@@ -270,3 +270,25 @@ def test_a_write_that_fails_is_tried_again_and_told(tmp_path: Path) -> None:
     (said,) = run_ranks(1, save_with_a_stumble, tmp_path)
     assert said == ["checkpoint, rank 0: [Errno 5] Input/output error; again in 0 s"]
     assert [verify(path).step for path in list_checkpoints(tmp_path)] == [1]
+
+
+def save_without_a_ledger(folder: Path) -> str:
+    writer = open_saver(folder)
+
+    def sync() -> None:
+        if dist.get_rank() == 1:
+            raise OSError("the data ledger cannot be written: No space left on device")
+
+    writer.sync = sync
+    try:
+        writer.start({"a/b@0": torch.ones(64)}, manifest_of(3))
+        writer.finish()
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+def test_what_must_be_on_disk_before_is_part_of_the_save(tmp_path: Path) -> None:
+    first, second = run_ranks(2, save_without_a_ledger, tmp_path)
+    assert first == second and "rank 1: the data ledger cannot be written" in first
+    assert list_checkpoints(tmp_path) == []
