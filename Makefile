@@ -11,6 +11,8 @@ export OMP_NUM_THREADS ?= 1
 # DeepSpeed would compile its C++ operators while installing; none is needed.
 export DS_BUILD_OPS := 0
 PYTEST_ARGS ?=
+# Such as --kills 200 --seed 7.
+DRILL_ARGS ?= --kills 100
 # Test processes of pytest-xdist; 0 runs in one. Distributed tests start 2 to 4 ranks themselves.
 JOBS ?= 0
 QUICKSTART_ARGS ?=
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL_FILES := $(wildcard slurm/*.sh) .ci/run
 
-.PHONY: help setup quickstart test test-slow lint types format constraints clean
+.PHONY: help setup quickstart test test-slow drill lint types format constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +52,9 @@ test: $(READY)  ## set up, then run the tests (without those marked slow)
 
 test-slow: $(READY)  ## the tests marked slow (a real one-machine SLURM cluster among them)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+
+drill: $(READY)  ## kill a short run at random moments, damage its checkpoints; docs/reliability.md
+	$(BIN)/python -m tests.drill --output docs/reliability.md $(DRILL_ARGS)
 
 lint: $(READY)  ## style, formatting, import contracts, shell scripts
 	$(BIN)/ruff check .

@@ -13,49 +13,44 @@ themselves are the rounded masters: not stored.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-FORMAT = 2
+from train.manifest import (
+    BadCheckpoint,
+    Manifest,
+    list_checkpoints,
+    newest_manifest,
+    read_manifest,
+    record_verified,
+    values_hash,
+    verify,
+)
+from train.retention import retain
 
-HASHING_THREADS = 4
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    step: int  # updates done
-    position: int  # samples consumed
-    updates: float  # updates that were not skipped: AdamW's own count
-    nonfinite: int  # steps in a row that were skipped just before
-    layout: dict[str, int]  # tp, cp, dp, zero
-    config: dict[str, Any]  # the resolved configuration
-    data: str  # fingerprint of the training corpus
-    vocab_size: int  # of the corpus's tokenizer, or as configured
-    parameters: dict[str, dict[str, Any]]  # name -> shape (of a part), dim, stride
-    versions: dict[str, str]
-    files: dict[str, dict[str, Any]]  # name -> sha256, bytes
-    format: int = FORMAT
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(int(file["bytes"]) for file in self.files.values())
-
-
-class BadCheckpoint(Exception):
-    """A checkpoint folder that must not be loaded; says what is wrong with it."""
+__all__ = [
+    "BadCheckpoint",
+    "Manifest",
+    "begin",
+    "choose_checkpoint",
+    "commit",
+    "find_newest_good",
+    "list_checkpoints",
+    "newest_manifest",
+    "read_manifest",
+    "remove_unfinished",
+    "retain",
+    "set_aside_after",
+    "share_name",
+    "verify",
+]
 
 
 def share_name(rank: int) -> str:
@@ -81,7 +76,7 @@ def commit(work: Path, manifest: Manifest) -> Path:
     final = work.with_suffix("")
     if work.exists():
         values = asdict(manifest)
-        values["sha256"] = _values_hash(values)
+        values["sha256"] = values_hash(values)
         _write(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
         _sync(work)
         if final.exists():  # the same step again, after going back to an older checkpoint
@@ -97,61 +92,6 @@ def _point(folder: Path, checkpoint: Path) -> None:
     _write(folder / "latest.tmp", checkpoint.name)
     (folder / "latest.tmp").rename(folder / "latest")
     _sync(folder)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in folder, oldest first."""
-    return sorted(path for path in folder.glob("step-????????") if path.is_dir())
-
-
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Return a checkpoint's manifest.
-
-    Raises BadCheckpoint where it is missing, unreadable, of another format, or not as written.
-    """
-    try:
-        values = dict(json.loads((checkpoint / "manifest.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadCheckpoint(f"{checkpoint}: no readable manifest.json ({error})") from error
-    if values.get("format") != FORMAT:
-        raise BadCheckpoint(
-            f"{checkpoint}: format {values.get('format')}, this longhaul reads format {FORMAT}"
-        )
-    if values.pop("sha256", None) != _values_hash(values):
-        raise BadCheckpoint(
-            f"{checkpoint}/manifest.json: its content is not what was written; it was damaged"
-        )
-    return Manifest(**values)
-
-
-def verify(checkpoint: Path, names: Iterable[str] | None = None) -> Manifest:
-    """Return the manifest after comparing size and sha256 of the files (names: only these).
-
-    Raises BadCheckpoint naming the first file that differs.
-    """
-    manifest = read_manifest(checkpoint)
-    chosen = list(manifest.files if names is None else names)
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the interpreter's lock
-        faults = pool.map(lambda name: file_fault(checkpoint, manifest, name), chosen)
-        fault = next((fault for fault in faults if fault is not None), None)
-    if fault is not None:
-        raise BadCheckpoint(fault)
-    return manifest
-
-
-def file_fault(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
-    """Return what is wrong with a checkpoint's file, None where it is as it was written."""
-    path = checkpoint / name
-    if name not in manifest.files:
-        return f"{checkpoint}: the manifest knows no file {name}"
-    expected = manifest.files[name]
-    if not path.exists():
-        return f"{path}: missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{path}: {path.stat().st_size} bytes, {expected['bytes']} were written"
-    if file_hash(path) != expected["sha256"]:
-        return f"{path}: its sha256 is not the manifest's; the file was damaged"
-    return None
 
 
 def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -180,6 +120,8 @@ def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Ma
         newest_step = step if newest_step is None else newest_step
         if not found:
             assert manifest is not None
+            if rank == 0:
+                record_verified(checkpoint, manifest)
             size, seconds = manifest.nbytes, time.perf_counter() - began
             say(f"verified {checkpoint}: {size / 1e6:,.1f} MB, {size / seconds / 1e6:,.0f} MB/s")
             if step != newest_step:
@@ -230,38 +172,12 @@ def choose_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     raise ValueError(f"{folder} holds no good checkpoint: {found}")
 
 
-def retain(folder: Path, *, keep: int, keep_every: int | None) -> list[Path]:
-    """Delete checkpoints beyond the newest `keep`, but for multiples of keep_every; return them."""
-    spent = []
-    for checkpoint in list_checkpoints(folder)[:-keep]:
-        step = int(checkpoint.name.removeprefix("step-"))
-        if keep_every is None or step % keep_every:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            doomed = checkpoint.with_suffix(".tmp")
-            checkpoint.rename(doomed)
-            # What cannot be deleted now (somebody reads it) goes with remove_unfinished later.
-            shutil.rmtree(doomed, ignore_errors=True)
-            spent.append(checkpoint)
-    return spent
-
-
 def remove_unfinished(folder: Path) -> list[str]:
     """Delete what an interrupted save left behind; return the names."""
     leftovers = [path for path in folder.glob("step-*") if path.suffix in (".tmp", ".old")]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
-
-
-def _values_hash(values: dict[str, Any]) -> str:
-    """Return the sha256 of a manifest's values, whatever the order and spacing in its file."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.checkpoint_cli import checkpoint
 from train.data_cli import data
 from train.export_cli import export_model
 from train.generate_cli import ChangesOption, generate
@@ -150,24 +151,36 @@ def pretrain(
             " Without it, a run goes on from its newest good checkpoint.",
         ),
     ] = False,
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Begin a new run, in a folder of this name beside this one, from its newest good"
+            " checkpoint: for what cannot change in the middle of a run. This one stays as it is.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model, or go on where its run stopped.
 
     Everything is checked before any rank starts, and every problem is told at once. The run
     folder (run_dir, else runs/<name>) gets the resolved configuration, checkpoints and metrics.
-    The same command resumes, after a crash or a preemption, on as many ranks or on others.
+    The same command resumes: after a crash or a preemption, and a finished run with more steps.
+    Changed keys are named, and refused where they would make another run of it: see --fork.
 
     \b
     Examples:
       longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1
       torchrun --no-python --nproc-per-node 4 longhaul pretrain configs/quickstart.yaml
       longhaul pretrain FILE model.memory.name=none name=without_memory
+      longhaul pretrain FILE data.train=books/train --fork on_books
 
     Next: `longhaul evaluate runs/<name>`, or look at MLflow; `longhaul config` explains keys.
     """  # noqa: D301
     from train.config import load
 
     config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if fresh and fork is not None:
+        raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
     fresh = fresh and not _is_restart()
     from train.quiet import quieten_libraries
     from train.signals import StopRequest
@@ -176,7 +189,7 @@ def pretrain(
     quieten_libraries()
     from train.pretrain import run
 
-    raise typer.Exit(run(config, fresh=fresh, stop=stop))
+    raise typer.Exit(run(config, fresh=fresh, fork=fork, stop=stop))
 
 
 @app.command()
@@ -341,6 +354,7 @@ app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
 app.add_typer(data, name="data")
+app.add_typer(checkpoint)
 
 
 def main() -> None:

@@ -6,43 +6,21 @@ line prints them once and all exit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data.index import Corpus
 from data.remote import Remote
-from train.checkpoint import BadCheckpoint, Manifest, list_checkpoints, read_manifest
+from train.changes import find_changes
 from train.config import Config, ConfigError
 from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
 from train.huggingface.tokenizer_files import require_same_tokenizer
 from train.init_from import Start, find_start
+from train.manifest import FORMAT, Manifest, list_checkpoints, newest_manifest, saved_format
 from train.memories import LandmarkMemory
 from train.reading import model_vocab_size
 from train.remote import open_remote
-
-FIXED = (
-    "model",
-    "data.segment_len",
-    "data.sample_len",
-    "data.packing",
-    "data.shuffle_shards",
-    "train.batch_size",
-    "seed",
-)
-"""What cannot change in the middle of a run: shapes of the weights, and which sample is which."""
-
-ADDED = {"data.packing": False}
-"""Fields that older checkpoints have not, and what their runs did."""
-
-MEMORY = "model.memory.name"
-
-FREE = ("random_state_passing", "gate_lr", "search_from")
-"""Of a memory, and so inside FIXED, but a matter of training only."""
-
-
-HISTORY = ("model.init_from",)
-"""What was read when the run began, and never again."""
 
 
 class Inputs(NamedTuple):
@@ -60,10 +38,11 @@ class Inputs(NamedTuple):
         return {f"fetch/{name}": value for name, value in self.remote.cache.traffic().items()}
 
 
-def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inputs:
+def open_inputs(config: Config, *, fresh: bool = False, starts: bool = True) -> Inputs:
     """Return the run's corpora; raise ConfigError with every problem of data and checkpoint.
 
-    fresh: the run folder's checkpoints do not matter.
+    fresh: the run folder's checkpoints do not matter. starts: a new run begins from
+    model.init_from, where that is set (a fork does not: it begins from its parent).
     """
     problems: list[tuple[str, str]] = []
     if chooses_by_later_tokens(config):
@@ -84,20 +63,25 @@ def open_inputs(config: Config, world_size: int, *, fresh: bool = False) -> Inpu
         problems += _tokenizer_problems(config, train, valid)
         if not needs_counts(config):
             problems += epoch_problems(config, choose_course(config, train))
+    problems += _folder_problems(config.run_dir)
     start: Start | None = None
     newest = None if fresh else newest_manifest(config.run_dir / "checkpoints")
+    if not fresh:
+        problems += _unreadable_problems(config.run_dir / "checkpoints")
     if newest is not None:
-        problems += checkpoint_problems(config, newest)
+        held = None if train is None else model_vocab_size(config, train.vocab_size)
+        problems += checkpoint_problems(config, newest, held)
         if train is not None and newest.data != train.fingerprint:
             problems.append(
                 (
                     "data.train",
                     f"{_named(config)} is not what run {config.run_dir} was trained on (another"
                     " fingerprint: other documents, or other weights), so its position means other"
-                    " documents; give those corpora, or another name or run_dir",
+                    " documents; give those corpora, or start another run from its weights with"
+                    " --fork NAME",
                 )
             )
-    elif train is not None:
+    elif train is not None and starts:
         needed = model_vocab_size(config, train.vocab_size)
         start = find_start(config, needed, problems, fresh=fresh)
         if start is not None:
@@ -177,51 +161,46 @@ def _require_same_words(
         problems.append(("data.train", str(error)))
 
 
-def newest_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of the newest checkpoint that has one."""
-    for checkpoint in reversed(list_checkpoints(folder)):
-        try:
-            return read_manifest(checkpoint)
-        except BadCheckpoint:
-            continue  # resuming passes over it too, and says so
-    return None
+def checkpoint_problems(
+    config: Config, manifest: Manifest, vocab_size: int | None = None
+) -> list[tuple[str, str]]:
+    """Return (field, message) for what keeps this configuration from going on from a checkpoint.
 
-
-def checkpoint_problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
-    """Return (field, message) for what keeps this configuration from going on from a checkpoint."""
-    saved, now = ADDED | _flat(manifest.config), _flat(config.model_dump(mode="json"))
-    if saved[MEMORY] != now[MEMORY]:  # then the keys of each are missing in the other: one problem
-        saved, now = (
-            {k: v for k, v in flat.items() if k == MEMORY or not k.startswith("model.memory.")}
-            for flat in (saved, now)
+    vocab_size: what the data needs, where the configuration leaves it out.
+    """
+    return [
+        (
+            change.field,
+            f"{change.after}, but run {config.run_dir} was trained with {change.before}; set it"
+            " back, or start another run from its weights with --fork NAME",
         )
-    problems = []
-    for name in sorted(saved.keys() | now.keys()):
-        before, after = saved.get(name), now.get(name)
-        free = name.startswith("model.memory.") and name.endswith(FREE)
-        if before == after or free or name in HISTORY:
-            continue
-        if any(name == field or name.startswith(field + ".") for field in FIXED):
-            problems.append(
-                (
-                    name,
-                    f"{after}, but run {config.run_dir} was trained with {before}; set it back, or"
-                    " give another name, or --fresh to begin again",
-                )
+        for change in find_changes(config, manifest, vocab_size)
+        if change.needs_fork
+    ]
+
+
+def _unreadable_problems(folder: Path) -> list[tuple[str, str]]:
+    """Return a problem where the newest checkpoint is of a newer longhaul.
+
+    Resuming would pass over it, as over a damaged one, and do its steps again.
+    """
+    newest = list_checkpoints(folder)[-1:]
+    for checkpoint in newest:
+        found = saved_format(checkpoint)
+        if found is not None and found > FORMAT:
+            text = (
+                f"{checkpoint} has format {found}, this longhaul reads format {FORMAT}; update"
+                f" longhaul, or delete it (longhaul checkpoint rm {checkpoint}) to go on from an"
+                " older one"
             )
-    return problems
+            return [("checkpoint", text)]
+    return []
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if f"{prefix}{name}" == "model.memory" and isinstance(value, list):
-            # as overrides name them: model.memory.infini.rule
-            flat[MEMORY] = " + ".join(part["name"] for part in value)
-            for part in value:
-                flat |= _flat(part, f"{prefix}{name}.{part['name']}.")
-        elif isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def _folder_problems(run_dir: Path) -> list[tuple[str, str]]:
+    """Return a problem where nothing can be written into the run folder."""
+    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        return []
+    what = "cannot be written (read-only, or not yours)" if folder.is_dir() else "is no folder"
+    return [("run_dir", f"{folder} {what}; give another run_dir, or mend its permissions")]

@@ -24,35 +24,34 @@ from train.build import Built, build, to_model_config
 from train.config import Config, dump
 from train.corpora import Course, start_course
 from train.describe import describe_run
+from train.fork import read_parent
 from train.held_out import HeldOut, count_parameters, count_trained
 from train.init_from import Start, describe_start, take_weights, verify_together
-from train.inputs import Inputs, open_inputs
+from train.inputs import Inputs
 from train.ledger import open_ledger
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.progress import Progress, Status
 from train.reading import choose_reading, model_vocab_size
-from train.resume import RunFolder, set_aside
+from train.resume import RunFolder
 from train.signals import StopRequest
+from train.start import agree_on, open_run
 from train.summary import plot, summarise
 from train.tracker import NoTracker, Tracker
 from train.tracker import Status as EndStatus
 
 
-def run(config: Config, *, fresh: bool, stop: StopRequest) -> int:
+def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = None) -> int:
     """Train until the last step or a stop signal; return the exit code.
 
-    fresh: begin again; an old run folder gets another name.
+    fresh: begin again; an old run folder gets another name. fork: the name of a run that begins
+    from this one's newest checkpoint.
     Raises ConfigError, before any rank waits for another, where data or checkpoint do not fit.
     """
-    inputs = open_inputs(config, int(os.environ.get("WORLD_SIZE", "1")), fresh=fresh)
-    if fresh and int(os.environ.get("RANK", "0")) == 0:
-        # The others look into the folder only after they have met rank 0, below.
-        aside = set_aside(config.run_dir)
-        if aside is not None:
-            print(f"--fresh: {config.run_dir} is now {aside}", file=sys.stderr)
+    config, inputs = open_run(config, fresh=fresh, fork=fork)
     timeout = timedelta(seconds=config.parallel.timeout_s)
     start_processes(timeout)
+    agree_on(config)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
     torch.manual_seed(config.seed)
     course = start_course(config, inputs.train)
@@ -316,6 +315,8 @@ class Pretraining:
         )
         self.tracker.params(config.model_dump(mode="json"))
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})
+        if (origin := read_parent(self.folder.path)) is not None:
+            self.tracker.tags({f"parent.{name}": value for name, value in origin.items()})
         self.tracker.event(f"started at step {state.step}", state.step)
         if text := self._origin(state):
             self.progress.say(text)

@@ -22,6 +22,7 @@ from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
 from train import checkpoint, snapshot
 from train.build import Built
+from train.changes import find_changes
 from train.config import Config
 from train.loop import TrainState
 from train.saver import Saver
@@ -60,6 +61,8 @@ class RunFolder:
             state = snapshot.restore(self.built, self.mesh, self.config, stored, say)
             self.saved_at = state.step
             say(f"resumed at step {state.step} from {path}")
+            for change in find_changes(self.config, manifest, self.built.model.config.vocab_size):
+                say(f"changed since step {state.step}: {change}")
         if self.mesh.rank == 0:
             for aside in checkpoint.set_aside_after(self.checkpoints, state.step):
                 say(f"set aside: {aside}; delete it when nobody needs to look at it")
@@ -95,7 +98,9 @@ class RunFolder:
 
     def _retain(self) -> None:
         kept = self.config.checkpoint
-        checkpoint.retain(self.checkpoints, keep=kept.keep, keep_every=kept.keep_every)
+        checkpoint.retain(
+            self.checkpoints, keep=kept.keep, keep_every=kept.keep_every, say=self.saver.say
+        )
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to log.jsonl (rank 0)."""

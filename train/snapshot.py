@@ -19,6 +19,7 @@ from parallel.tensor import cut_of
 from train.build import Built, to_compute_config, to_model_config
 from train.checkpoint import BadCheckpoint, Manifest, choose_checkpoint
 from train.config import Config, apply_overrides, parse_overrides, validate
+from train.fork import read_parent
 from train.loop import TrainState
 from train.stored import Part, Place, Stored
 
@@ -151,6 +152,7 @@ def describe(
         versions={"python": platform.python_version()}
         | {package: metadata.version(package) for package in PACKAGES},
         files={},
+        parent=read_parent(config.run_dir),
     )
 
 

@@ -154,7 +154,7 @@ def _warm() -> None:
     import train.pretrain  # noqa: F401
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, fork: str | None = None) -> int:
     """Do on one rank what `longhaul pretrain` does, command line and picture left out."""
     from train import pretrain
     from train.quiet import quieten_libraries
@@ -164,7 +164,12 @@ def pretrain(config: Config) -> int:
     vars(pretrain)["plot"] = lambda folder, **_: folder / "summary.png"
     stop = StopRequest()
     quieten_libraries()
-    return pretrain.run(config, fresh=False, stop=stop)
+    return pretrain.run(config, fresh=False, stop=stop, fork=fork)
+
+
+def pretrain_forking(config: Config, name: str) -> int:
+    """Do on one rank what `longhaul pretrain --fork NAME` does."""
+    return pretrain(config, fork=name)
 
 
 def pretrain_holding(config: Config, step: int) -> int:

@@ -21,7 +21,6 @@ from train.checkpoint import (
     list_checkpoints,
     read_manifest,
     remove_unfinished,
-    retain,
     set_aside_after,
     verify,
 )
@@ -230,37 +229,13 @@ def names(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder)]
 
 
-def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
-    kept = {}
-    for step in range(10, 70, 10):
-        empty_checkpoints(tmp_path, step)
-        retain(tmp_path, keep=2, keep_every=30)
-        kept[step] = names(tmp_path)
-    assert kept == {
-        10: [10],
-        20: [10, 20],
-        30: [20, 30],
-        40: [30, 40],
-        50: [30, 40, 50],
-        60: [30, 50, 60],
-    }
-
-
-def test_retention_without_multiples_keeps_the_newest_only(tmp_path: Path) -> None:
-    empty_checkpoints(tmp_path, 1, 2, 3, 4)
-    deleted = retain(tmp_path, keep=2, keep_every=None)
-    assert [path.name for path in deleted] == ["step-00000001", "step-00000002"]
-    assert names(tmp_path) == [3, 4]
-
-
 def test_damaged_newer_checkpoints_do_not_count_as_newest(tmp_path: Path) -> None:
     # going on from 10 while 20 and 30 are damaged, the first save is at 15
     empty_checkpoints(tmp_path, 10, 20, 30)
     aside = set_aside_after(tmp_path, 10)
     assert [path.name for path in aside] == ["step-00000020.bad", "step-00000030.bad"]
     empty_checkpoints(tmp_path, 15)
-    retain(tmp_path, keep=2, keep_every=None)
-    assert names(tmp_path) == [10, 15]
+    assert names(tmp_path) == [10, 15]  # all that retention sees
     assert remove_unfinished(tmp_path) == []  # what was set aside stays
 
 

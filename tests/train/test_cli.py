@@ -56,6 +56,7 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "export",
         "miniature",
         "data",
+        "checkpoint",
     ]
 
 
@@ -98,7 +99,7 @@ def test_pretrain_runs_the_checked_configuration(tmp_path: Path) -> None:
     path = write(tmp_path, small(run_dir=str(tmp_path / "run")))
     code = _STUBBED.format(name="train.pretrain")
     done = longhaul("pretrain", path, "name=other", "parallel.cp=2", code=code, WORLD_SIZE="2")
-    assert done.stdout == "other [('fresh', False)]\n", done.stderr
+    assert done.stdout == "other [('fork', None), ('fresh', False)]\n", done.stderr
     assert done.returncode == 7
 
 
@@ -107,10 +108,10 @@ def test_a_requeued_job_is_not_fresh_again(tmp_path: Path) -> None:
     code = _STUBBED.format(name="train.pretrain")
 
     first = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="0")
-    assert first.stdout == "small [('fresh', True)]\n"
+    assert first.stdout == "small [('fork', None), ('fresh', True)]\n"
 
     restarted = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="1")
-    assert restarted.stdout == "small [('fresh', False)]\n"
+    assert restarted.stdout == "small [('fork', None), ('fresh', False)]\n"
 
 
 def test_fresh_leaves_the_old_run_in_place_when_something_is_wrong(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_mixtures_valid_may_not_have_another_tokenizer(
 def steps_for(two: Two, shards: Shards, reads: int) -> int:
     """Return the steps in which no document of `code` is read more often."""
     config = config_of(shards, mixed(two))
-    course = choose_course(config, open_inputs(config, 1).train)
+    course = choose_course(config, open_inputs(config).train)
     (share,) = (share for share in course.shares if share.name == str(two.code))
     return share.most_epochs(reads) * course.streams.steps_per_epoch
 
@@ -141,7 +141,7 @@ def test_a_corpus_is_not_read_more_often_than_it_may(
         "up to 3 times in train.steps",
         f"use at most {most:,} steps, or raise max_epochs to 3",
     )
-    open_inputs(validate({**raw, "train": {**raw["train"], "steps": most}}), 1)
+    open_inputs(validate({**raw, "train": {**raw["train"], "steps": most}}))
 
 
 def test_one_corpus_may_have_a_limit_too(tmp_path: Path, two: Two, shards: Shards) -> None:
@@ -152,7 +152,7 @@ def test_one_corpus_may_have_a_limit_too(tmp_path: Path, two: Two, shards: Shard
 
 def test_how_often_corpora_were_read_is_a_function_of_the_step(two: Two, shards: Shards) -> None:
     config = config_of(shards, mixed(two))
-    course = choose_course(config, open_inputs(config, 1).train)
+    course = choose_course(config, open_inputs(config).train)
     steps = 3 * course.streams.steps_per_epoch
     found = course.metrics(steps)
     assert found["data/tokens/books"] / found["data/tokens/code"] == pytest.approx(3, rel=0.02)
@@ -170,13 +170,13 @@ def test_how_often_corpora_were_read_is_a_function_of_the_step(two: Two, shards:
 
 def test_a_corpus_alone_has_no_such_metrics(two: Two, shards: Shards) -> None:
     config = config_of(shards, str(two.books))
-    assert choose_course(config, open_inputs(config, 1).train).metrics(5) == {}
+    assert choose_course(config, open_inputs(config).train).metrics(5) == {}
 
 
 def test_a_mixture_whose_epochs_are_mostly_padding_is_warned_of(two: Two, shards: Shards) -> None:
     train = [{"path": str(two.books)}, {"path": str(two.code), "weight": 30}]
     config = config_of(shards, train, train__batch_size=32)
-    course = choose_course(config, open_inputs(config, 1).train)
+    course = choose_course(config, open_inputs(config).train)
     *parts, warning = course.describe(1000)
     assert any(str(two.code) in line and "96.80% of the tokens" in line for line in parts)
     assert_says(warning, "WARNING: ", "padding", two.code, "lower that one's weight")
@@ -193,7 +193,7 @@ def test_metrics_are_named_by_the_ends_of_paths() -> None:
 
 def course_digest(config: Config) -> None:
     """Meet the other ranks and compare what is read."""
-    training = open_inputs(config, dist.get_world_size()).train
+    training = open_inputs(config).train
     streams = start_course(config, training).streams
     samples = [streams.sample(position) for position in range(50)]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -214,7 +214,7 @@ def test_all_ranks_read_in_the_order_that_rank_0_counted(
 
 
 def must_fail(config: Config, parts: list[str]) -> None:
-    training = open_inputs(config, dist.get_world_size()).train
+    training = open_inputs(config).train
     with pytest.raises(ConfigError) as caught:
         start_course(config, training)
     (line,) = caught.value.problems
@@ -282,7 +282,7 @@ def test_a_killed_run_of_a_mixture_in_windows_goes_on_bit_for_bit(
         {"data__shuffle_shards": None},
     ):
         raw = tiny(broken.run_dir, shards, **{"data__train": mixed(two), **changes, **change})
-        assert_says(one_line(raw), broken.run_dir, "another name")
+        assert_says(one_line(raw), broken.run_dir, "--fork NAME")
 
 
 @pytest.mark.slow

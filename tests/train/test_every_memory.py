@@ -187,7 +187,7 @@ def test_landmarks_take_positions_and_no_loss(tmp_path: Path, shards: Shards) ->
 def test_a_vocabulary_of_ones_own_has_room_for_the_landmark(tmp_path: Path, shards: Shards) -> None:
     changes = {"model__memory": LANDMARK, "model__vocab_size": 257}
     with pytest.raises(ConfigError) as caught:
-        open_inputs(validate(tiny(tmp_path, shards, **changes)), 1)
+        open_inputs(validate(tiny(tmp_path, shards, **changes)))
     assert caught.value.problems == (
         f"model.vocab_size: 257 is less than the 257 tokens of {shards.train}'s tokenizer (and a"
         " landmark, 258); use 258 or leave it out",

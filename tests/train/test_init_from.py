@@ -16,6 +16,7 @@ from tests.train.attempts import (
     forked,
     losses,
     pretrain,
+    pretrain_forking,
     read_rows,
     tensors_of,
 )
@@ -286,6 +287,48 @@ def test_a_run_that_starts_from_adapters_has_them_merged(
         assert torch.equal(found[name], merged[name])
 
 
+def test_a_fork_of_adapters_goes_on_as_they_would(
+    tmp_path: Path, shards: Shards, base: Path
+) -> None:
+    settings: dict[str, object] = {"model__lora": LORA, "train__schedule": "constant"}
+    for name, steps in (("run", 2), ("whole", STEPS)):
+        finish(1, validate(tuned(tmp_path / name, shards, base, train__steps=steps, **settings)))
+    text = fork_one(validate(tuned(tmp_path / "run", shards, base, **settings)), "branch")
+    assert "begins with everything of" in text
+    assert losses(tmp_path / "branch") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({"seed": 5}, "weights and moments"), ({"model__lora": {"rank": 2}}, "weights")],
+    ids=["seed", "rank"],
+)
+def test_a_fork_of_adapters_that_is_another_run_takes_their_weights(
+    change: dict[str, object], kept: str, tmp_path: Path, shards: Shards, base: Path, adapted: Path
+) -> None:
+    shutil.copytree(adapted, tmp_path / "run")
+    raw = tuned(
+        tmp_path / "run", shards, base, **{"model__lora": LORA, "train__lr": 1e-30, **change}
+    )
+    text = fork_one(validate(raw), "child")
+    assert f"begins with {kept} of" in text
+    assert ("its adapters merged into them" in text) == (kept == "weights")
+    assert [row["step"] for row in read_rows(tmp_path / "child")] == [1, 2, 3, 4]
+    path, manifest = choose_checkpoint(adapted)
+    expected = MergedWeights(path, manifest)
+    path, manifest = choose_checkpoint(tmp_path / "child")  # which learns nothing
+    found = MergedWeights(path, manifest)
+    for name in ("blocks.0.qkv.linear.weight", "blocks.1.ffn.gate_up.weight", "embedding.weight"):
+        assert torch.equal(found[name], expected[name])
+
+
+def fork_one(config: Config, name: str) -> str:
+    """Fork on one rank and train to the end; return what was said."""
+    with forked(1, config.run_dir.with_name(name), pretrain_forking, config, name) as attempt:
+        assert attempt.wait() == [0], attempt.text()
+        return attempt.text()
+
+
 # bad input
 
 
@@ -298,7 +341,7 @@ def test_adapters_without_weights(tmp_path: Path, shards: Shards, adapted: Path)
     assert_says(one_line(raw), "model.lora: rank 4, but no model.init_from: ", "random numbers")
     saved = tuned(adapted, shards, tmp_path, model__lora=LORA, parallel__tp=2)
     del saved["model"]["init_from"]  # a run that has its weights needs none
-    assert open_inputs(validate(saved), world_size=2).start is None
+    assert open_inputs(validate(saved)).start is None
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, shards: Shards) -> None:

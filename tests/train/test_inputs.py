@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +21,16 @@ from train.loop import TrainState
 from train.resume import RunFolder
 
 
-def lines(raw: dict[str, Any], world_size: int = 1, *, fresh: bool = False) -> tuple[str, ...]:
+def lines(raw: dict[str, Any], *, fresh: bool = False) -> tuple[str, ...]:
     """Return the problems that open_inputs finds; none is an error."""
     with pytest.raises(ConfigError) as caught:
-        open_inputs(validate(raw), world_size, fresh=fresh)
+        open_inputs(validate(raw), fresh=fresh)
     return caught.value.problems
 
 
-def one_line(raw: dict[str, Any], world_size: int = 1) -> str:
+def one_line(raw: dict[str, Any]) -> str:
     """Return the only problem, which is one line."""
-    (line,) = lines(raw, world_size)
+    (line,) = lines(raw)
     assert "\n" not in line
     return line
 
@@ -42,7 +43,7 @@ def assert_says(line: str, *parts: object) -> None:
 
 
 def test_good_inputs_are_opened(tmp_path: Path, shards: Shards) -> None:
-    inputs = open_inputs(validate(tiny(tmp_path / "run", shards)), 1)
+    inputs = open_inputs(validate(tiny(tmp_path / "run", shards)))
     assert inputs.train.folder == shards.train
     assert inputs.valid is not None and inputs.valid.folder == shards.valid
 
@@ -145,15 +146,15 @@ OTHER = [
 def test_a_checkpoint_of_another_run_names_field_values_and_remedy(
     field: str, key: str, now: object, before: object, run: Path, shards: Shards
 ) -> None:
-    line = one_line(tiny(run, shards, **{key: now}), world_size=2)
+    line = one_line(tiny(run, shards, **{key: now}))
     assert line.startswith(f"{field}: {now}, ")
-    assert_says(line, f"with {before}", "set it back")
+    assert_says(line, f"with {before}", "set it back", "--fork NAME")
 
 
 def test_another_memory_is_one_problem(run: Path, shards: Shards) -> None:
-    line = one_line(tiny(run, shards, model__memory={"name": "window"}), world_size=2)
+    line = one_line(tiny(run, shards, model__memory={"name": "window"}))
     assert line.startswith("model.memory.name: window, ")
-    assert_says(line, "with fam", "--fresh")
+    assert_says(line, "with fam", "--fork NAME")
 
 
 def test_a_checkpoint_from_before_packing_was_not_packed(run: Path, shards: Shards) -> None:
@@ -212,8 +213,8 @@ def test_what_concerns_a_memorys_training_alone_may_change(
 
 def test_a_checkpoint_of_other_data(run: Path, tmp_path: Path) -> None:
     other = prepare_shards(tmp_path, seed=1)
-    line = one_line(tiny(run, other), world_size=2)
-    assert_says(line, "data.train: ", other.train, "is not what run", run, "or another name")
+    line = one_line(tiny(run, other))
+    assert_says(line, "data.train: ", other.train, "is not what run", run, "--fork NAME")
 
 
 FREELY = {
@@ -229,6 +230,7 @@ FREELY = {
     "parallel__sequence_parallel": False,
     "parallel__attention": "all_gather",
     "parallel__tp": 2,
+    "parallel__cp": 2,
     "parallel__zero": 3,
     "parallel__layout": "contiguous",
 }
@@ -236,16 +238,16 @@ FREELY = {
 
 @pytest.mark.parametrize("key", FREELY)
 def test_what_may_change_in_a_run_may(key: str, run: Path, shards: Shards) -> None:
-    open_inputs(validate(tiny(run, shards, **{key: FREELY[key]})), 2)
+    open_inputs(validate(tiny(run, shards, **{key: FREELY[key]})))
 
 
 def test_the_same_data_in_another_place_will_do(run: Path, tmp_path: Path, shards: Shards) -> None:
     folder = copy(shards, tmp_path / "moved")
-    open_inputs(validate(tiny(run, shards, data__train=str(folder))), 2)
+    open_inputs(validate(tiny(run, shards, data__train=str(folder))))
 
 
 def test_to_begin_again_the_old_checkpoints_do_not_matter(run: Path, shards: Shards) -> None:
-    open_inputs(validate(tiny(run, shards, model__num_layers=3)), 7, fresh=True)
+    open_inputs(validate(tiny(run, shards, model__num_layers=3)), fresh=True)
 
 
 def test_an_unreadable_newest_manifest_is_passed_over(
@@ -256,20 +258,60 @@ def test_an_unreadable_newest_manifest_is_passed_over(
     newer = folder / "checkpoints/step-00000009"
     newer.mkdir()
     (newer / "manifest.json").write_text("{")
-    line = one_line(tiny(folder, shards, seed=1), world_size=2)
+    line = one_line(tiny(folder, shards, seed=1))
     assert line.startswith("seed: 1")
 
 
-def test_a_configuration_of_an_older_version_is_compared_field_by_field(
+def test_a_key_that_an_older_version_did_not_have_counts_as_its_default(
     run: Path, shards: Shards
 ) -> None:
     (path,) = list_checkpoints(run / "checkpoints")
     manifest = read_manifest(path)
     saved = json.loads(json.dumps(manifest.config))
-    del saved["seed"]
+    del saved["model"]["rope_base"]
     older = dataclasses.replace(manifest, config=saved)
-    ((field, text),) = checkpoint_problems(validate(tiny(run, shards)), older)
-    assert field == "seed" and "was trained with None" in text
+    assert checkpoint_problems(validate(tiny(run, shards)), older) == []
+    ((field, text),) = checkpoint_problems(validate(tiny(run, shards, model__rope_base=5)), older)
+    assert field == "model.rope_base"
+    assert_says(text, "5.0", "with 10000.0")
+
+
+def test_a_value_that_is_only_spelled_out_is_no_change(run: Path, shards: Shards) -> None:
+    spelled = {"model__vocab_size": 257, "model__head_dim": 8, "train__bptt_len": 64}
+    open_inputs(validate(tiny(run, shards, **spelled)))
+
+
+def test_another_vocabulary_than_the_datas_is_a_change(run: Path, shards: Shards) -> None:
+    line = one_line(tiny(run, shards, model__vocab_size=300))
+    assert line.startswith("model.vocab_size: 300, ")
+    assert_says(line, "with 257")
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_passed_over_in_silence(
+    run: Path, tmp_path: Path, shards: Shards
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    newer = folder / "checkpoints/step-00000009"
+    newer.mkdir()
+    (newer / "manifest.json").write_text('{"format": 99}')
+    line = one_line(tiny(folder, shards))
+    assert_says(line, "checkpoint: ", newer, "format 99", "update longhaul")
+    open_inputs(validate(tiny(folder, shards)), fresh=True)
+
+
+def test_a_run_folder_that_cannot_be_written(
+    tmp_path: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # (the super-user may write into every folder, so its permissions would not do)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    line = one_line(tiny(tmp_path / "runs/run", shards))
+    assert_says(line, "run_dir: ", tmp_path, "read-only", "another run_dir")
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path, shards: Shards) -> None:
+    (tmp_path / "run").touch()
+    assert_says(one_line(tiny(tmp_path / "run", shards)), "run_dir: ", "is no folder")
 
 
 # through the command line
@@ -308,4 +350,4 @@ def test_the_other_ranks_end_alike_and_say_nothing(
 def test_a_memory_that_chooses_by_later_tokens_is_not_trained(shards: Shards) -> None:
     memory = {"name": "landmark", "block": 4, "retrieve": 2, "granularity": "tokens"}
     with pytest.raises(ConfigError, match="the loss would see its own future"):
-        open_inputs(tiny_config(shards, model__memory=memory), 1)
+        open_inputs(tiny_config(shards, model__memory=memory))

@@ -55,7 +55,7 @@ def test_a_dead_address_is_a_problem_of_data_train(
         match=r"data.train: http://127.*manifest.json could not be read"
         r" in 2 attempts",
     ):
-        open_inputs(config, 1)
+        open_inputs(config)
 
 
 def test_a_url_needs_a_cache() -> None:

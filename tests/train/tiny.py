@@ -1,6 +1,7 @@
 """Runs of seconds: a corpus whose documents are longer than a sample, and a model for it."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,9 +103,24 @@ def tiny(run_dir: Path, shards: Shards, **changes: object) -> dict[str, Any]:
     return raw
 
 
+def cutting_matrices(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Return a maker of ZeRO configurations that treat the tiny model's matrices as large.
+
+    By default ZeRO 3 cuts none so small; norms and gains stay whole on every rank, as in a large
+    model.
+    """
+
+    def config(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        made = original(*args, **kwargs)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+        return made
+
+    return config
+
+
 def build_tiny(config: Config) -> tuple[Built, Mesh, Inputs]:
     """Return what pretrain makes of a configuration on these ranks."""
-    inputs = open_inputs(config, torch.distributed.get_world_size())
+    inputs = open_inputs(config)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp)
     torch.manual_seed(config.seed)
     vocab_size = model_vocab_size(config, inputs.train.vocab_size)

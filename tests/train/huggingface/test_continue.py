@@ -42,7 +42,7 @@ def continued(folder: Path, shards: Shards, **changes: Any) -> dict[str, Any]:
 
 def first_logits(config: Config, ids: Tensor) -> Tensor:
     """Return the model's logits of one segment, before any step."""
-    inputs = open_inputs(config, 1)
+    inputs = open_inputs(config)
     built = build_from(inputs.start, config, to_model_config(config, 0), build_mesh(tp=1, cp=1))
     return ours(built.model, ids)
 
@@ -122,7 +122,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Shards) ->
     (tmp_path / "hf/tokenizer.json").write_text(other.to_json())
     config = validate(continued(tmp_path, shards))
     with pytest.raises(ConfigError) as caught:
-        open_inputs(config, 1)
+        open_inputs(config)
     home = tmp_path / "imported/tokenizer.json"
     assert caught.value.problems == (
         f"data.train: {shards.train} was prepared with another tokenizer than the imported"
