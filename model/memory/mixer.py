@@ -122,6 +122,14 @@ class Mixer(nn.Module):
             rows = read_rows(block, rows, keys, tokens.segment(0), segments)
         return block.finish(x, attended.flatten(0, 2)), rows, MixerState(window, after)
 
+    def write(
+        self, block: Block, x: Tensor, segments: Segments, state: MixerState, initial: Initial
+    ) -> MixerState:
+        """Return the state that mix returns, without what its tokens read: x [rows, D]."""
+        tokens, window = read_tokens(block, x, segments, state.window)
+        _, after = self._chains(block, segments, tokens, state.parts, initial)
+        return MixerState(window, after)
+
     def open(
         self,
         block: Block,

@@ -118,6 +118,14 @@ def test_only_filler_is_amplified() -> None:
     assert 5.8 < weights[~at_key].max() <= 6.0
 
 
+def test_a_share_of_rows_is_not_amplified() -> None:
+    blocks = Blocks(16, 0)
+    weights = amplification(blocks, torch.zeros(40, dtype=torch.int64), 4, 6.0, plain=0.25)
+    assert weights is not None
+    assert (weights[:10] == 0).all()
+    assert (weights[10:, 1:] > 0).all()
+
+
 def test_the_rate_warms_up_and_falls_to_its_end(small: Miniature) -> None:
     stage = small.stages[0].model_copy(update={"steps": 150, "warmup_steps": 50, "min_lr": 1e-5})
     rates = [learning_rate(stage, step) for step in range(150)]
@@ -254,11 +262,15 @@ def test_the_check_reads_documents_of_the_lengths_asked_for(
             read += 1
         return torch.zeros(*tokens.shape, 32), (read, key)
 
+    class Counting:
+        def read(self, tokens, starts, state):  # type: ignore[no-untyped-def]
+            return counting(self, tokens, state)[1]
+
     monkeypatch.setattr("train.miniatures.check.read", counting)
     monkeypatch.setattr("train.miniatures.check.num_bytes", lambda state: 3)
     section = CheckSection(lengths=(48, 96, 160), prompts=2, blocks_at_once=3)
     miniature = small.model_copy(update={"check": section})
-    done = check(None, miniature, lambda line: None)  # type: ignore[arg-type]
+    done = check(Counting(), miniature, lambda line: None)  # type: ignore[arg-type]
     assert sorted(asked) == sorted(
         (count, key) for count in (3, 6, 10) for key in (0, count // 2, count - 2)
     )
@@ -275,8 +287,9 @@ def test_several_blocks_at_once_stream_the_same(small: Miniature) -> None:
         reader = Reader(model, Blocks(16, 0), 3, at_once)
         tokens = torch.randint(0, FILLER, (3, 9, 16), generator=torch.Generator().manual_seed(0))
         state = None
-        for part in tokens.split(at_once, 1):
-            logits, state = reader.read(part, state)
+        for part in tokens[:, :-1].split(at_once, 1):
+            state = reader.remember(part, state)
+        logits, state = reader.read(tokens[:, -1:], state)
         states.append(state)
         answers.append(logits[:, -1])
         assert reader.tokens == tokens.numel()

@@ -62,11 +62,17 @@ class Reader:
         self.tokens += tokens.numel()
         return read(self.model, tokens, state)
 
+    def remember(self, tokens: Tensor, state: State) -> State:
+        """Return the state after blocks [rows, N, S]."""
+        self.tokens += tokens.numel()
+        starts = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        return self.model.read(tokens, starts, state)
+
     def filler(self, state: State, count: int) -> State:
         """Return the state after `count` blocks of filler."""
         while count > 0:
             now = min(count, self.at_once)
-            _, state = self.read(self.blocks.filler(self.rows, now), state)
+            state = self.remember(self.blocks.filler(self.rows, now), state)
             count -= now
         return state
 
@@ -74,7 +80,7 @@ class Reader:
         """Return the state after a block with the key."""
         tokens = self.blocks.filler(self.rows)
         self.blocks.put_keys(tokens[:, 0], keys)
-        return self.read(tokens, state)[1]
+        return self.remember(tokens, state)
 
     def ask(self, state: State, keys: Tensor) -> Tensor:
         """Return which digits [rows, 4] are right."""

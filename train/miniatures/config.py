@@ -64,6 +64,11 @@ class CurriculumStage(StageSection):
         description="Length amplification, for memories whose writes add up: each filler block"
         " counts as c blocks, log c uniform in [0, a], and a rises to this. 0 is off.",
     )
+    plain: Probability = Field(
+        default=0.0,
+        description="Share of rows without amplification: where all rows have it, short documents"
+        " are unlearned.",
+    )
 
 
 class PoolStage(StageSection):
