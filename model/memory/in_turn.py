@@ -40,7 +40,7 @@ class InTurn(nn.Module):
     in_turn = True
     weighted = False
 
-    def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
+    def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
         """Return the memory of one block: the rows come from outside, so nothing but a window."""
         return Mixer({}, config.rope_base)
 
