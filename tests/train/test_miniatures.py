@@ -316,10 +316,10 @@ def test_the_question_does_not_refresh_the_state(small: Miniature) -> None:
 def test_a_finished_seed_is_not_run_again(
     small: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = trainer.run_seed(small, 0, tmp_path / "seed-0", lambda line: None)
+    first = trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     monkeypatch.setattr(trainer, "train", None)
     monkeypatch.setattr(trainer, "check", None)
-    assert trainer.run_seed(small, 0, tmp_path / "seed-0", lambda line: None) == first
+    assert trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None) == first
 
 
 def test_a_run_killed_in_its_check_keeps_its_training(
@@ -331,10 +331,10 @@ def test_a_run_killed_in_its_check_keeps_its_training(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "check", killed)
         with pytest.raises(KeyboardInterrupt):
-            trainer.run_seed(small, 0, tmp_path, lambda line: None)
+            trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     monkeypatch.setattr(trainer, "train", None)
-    result = trainer.run_seed(small, 0, tmp_path, lambda line: None)
-    whole = trainer.run_seed(small, 0, tmp_path, lambda line: None)
+    result = trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
+    whole = trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     assert result["cells"] == whole["cells"]
 
 
@@ -344,16 +344,16 @@ def test_a_seed_gives_the_same_weights_every_time(small: Miniature) -> None:
 
 
 def test_results_of_another_configuration_are_refused(small: Miniature, tmp_path: Path) -> None:
-    trainer.run_seed(small, 0, tmp_path, lambda line: None)
+    trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     other = small.model_copy(update={"batch_size": 5})
     with pytest.raises(ValueError, match="another configuration .*batch_size"):
-        trainer.run_seed(other, 0, tmp_path, lambda line: None)
+        trainer.run_seed(other, 0, tmp_path, tmp_path, lambda line: None)
 
 
 def test_the_table_says_what_was_run_and_what_was_not(small: Miniature, tmp_path: Path) -> None:
     assert "not run" in report.table(tmp_path, [small])
     for seed in (0, 1):
-        trainer.run_seed(small, seed, tmp_path / "small" / f"seed-{seed}", lambda line: None)
+        trainer.run_seed(small, seed, tmp_path / f"seed-{seed}", tmp_path, lambda line: None)
     text = report.table(tmp_path, [small])
     assert "at 96 | 2 |" in text
     assert text.count("| 96 |") == 3
@@ -407,13 +407,11 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
     app.command()(lambda: None)
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
-    run = CliRunner().invoke(
-        app, ["miniature", str(path), "--seed", "0", "--output", str(tmp_path / "out")]
-    )
+    folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    run = CliRunner().invoke(app, ["miniature", str(path), "--seed", "0", *folders])
     assert run.exit_code == 0, run.output
-    result = json.loads((tmp_path / "out/small/seed-0/result.json").read_text())
+    result = json.loads((tmp_path / "results/small/seed-0.json").read_text())
     assert result["seed"] == 0
-    shown = CliRunner().invoke(
-        app, ["miniature", str(path), "--table", "--output", str(tmp_path / "out")]
-    )
+    assert (tmp_path / "out/small/seed-0/weights.safetensors").exists()
+    shown = CliRunner().invoke(app, ["miniature", str(path), "--table", *folders])
     assert "### small" in shown.output

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.miniatures.config import Miniature
-from train.miniatures.trainer import RESULT
-
 PLACES = ("start", "middle", "end")
 
 
@@ -35,7 +33,7 @@ def wilson(right: int, of: int) -> Interval:
 
 def load_results(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the finished seeds of a miniature, by seed."""
-    paths = sorted((folder / name).glob(f"seed-*/{RESULT}"))
+    paths = (folder / name).glob("seed-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return sorted(results, key=lambda result: int(result["seed"]))
 
