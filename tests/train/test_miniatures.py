@@ -267,6 +267,7 @@ def test_the_check_reads_documents_of_the_lengths_asked_for(
             return counting(self, tokens, state)[1]
 
     monkeypatch.setattr("train.miniatures.check.read", counting)
+    monkeypatch.setattr("train.miniatures.check.retrieves", lambda model: False)
     monkeypatch.setattr("train.miniatures.check.num_bytes", lambda state: 3)
     section = CheckSection(lengths=(48, 96, 160), prompts=2, blocks_at_once=3)
     miniature = small.model_copy(update={"check": section})
@@ -304,7 +305,7 @@ def test_the_question_does_not_refresh_the_state(small: Miniature) -> None:
     blocks = Blocks(16, 0)
     _, state = read(model, blocks.filler(2, 3))
     before = [tensor.clone() for tensor in named_tensors(state, "").values()]
-    Reader(model, blocks, 2, 1).ask(state, blocks.keys(2))
+    Reader(model, blocks, 2, 1).ask(state, blocks.keys(2), 0)
     assert all(
         torch.equal(a, b) for a, b in zip(before, named_tensors(state, "").values(), strict=True)
     )
@@ -415,3 +416,31 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
     assert (tmp_path / "out/small/seed-0/weights.safetensors").exists()
     shown = CliRunner().invoke(app, ["miniature", str(path), "--table", *folders])
     assert "### small" in shown.output
+
+
+# --- retrieval
+
+
+@torch.no_grad()
+def test_the_hit_rate_tells_which_reads_choose_the_key_s_block(tmp_path: Path) -> None:
+    """All three blocks are chosen where three are retrieved; no block of number 7 is there."""
+    path = tmp_path / "landmark.yaml"
+    memory = "{name: landmark, block: 16, retrieve: 3, layers: last}"
+    raw = yaml.safe_load(SMALL)
+    raw["model"] |= {"memory": yaml.safe_load(memory), "num_layers": 2}
+    raw["stages"] = raw["stages"][:1]
+    raw["stages"][0]["memory"] = {}
+    raw["check"] = {"lengths": [64], "prompts": 3}
+    path.write_text(yaml.safe_dump(raw))
+    miniature = load_miniature(path)
+    model = Learner(miniature, 0).model
+    reader = Reader(model, Blocks(16, 0, landmark=32), 3, 2)
+    keys = reader.blocks.keys(3)
+    state = reader.filler(reader.key(None, keys), 2)
+    for number, expected in ((0, True), (2, True), (7, False)):
+        answer = reader.ask(state, keys, number)
+        assert answer.found is not None
+        assert answer.found.shape == (3, 2, 4)
+        assert (answer.found == expected).all()
+    cells = check(model, miniature, lambda line: None).cells
+    assert [cell.found for cell in cells] == [12, 12, 12]  # of 3 prompts' 4 tokens
