@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from model.decoder import Decoder
 from model.init import count_parameters
 from train.miniatures.check import Checked, check
-from train.miniatures.config import CurriculumStage, Miniature
+from train.miniatures.config import CurriculumStage, FactsStage, Miniature
 from train.miniatures.curriculum import run_curriculum
+from train.miniatures.facts import FactsChecked, check_facts, run_facts
 from train.miniatures.learner import Learner, with_memory
 from train.miniatures.pools import run_pools
 from train.miniatures.progress import Say
@@ -57,9 +58,12 @@ def run_seed(
             "parameters": count_parameters(model.config),  # without the vocabulary's padding
         }
         _write(folder / TRAINING, trained)
-    checked = check(restored(miniature, folder / WEIGHTS), miniature, say)
+    model = restored(miniature, folder / WEIGHTS)
     result = {**trained, "config": config, "name": miniature.name, "seed": seed}
-    result |= _as_json(checked)
+    if miniature.facts:
+        result |= _facts_as_json(check_facts(model, miniature, say))
+    else:
+        result |= _as_json(check(model, miniature, say))
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, result)
     return result
@@ -81,6 +85,8 @@ def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, float]:
         learner.begin(stage)
         if isinstance(stage, CurriculumStage):
             run_curriculum(learner, stage, told)
+        elif isinstance(stage, FactsStage):
+            run_facts(learner, stage, told)
         else:
             run_pools(learner, stage, told)
     return learner.model, time.process_time() - began
@@ -105,6 +111,17 @@ def _as_json(checked: Checked) -> dict[str, Any]:
         "check_tokens": checked.tokens,
         "check_cpu_s": round(checked.seconds, 1),
         "tokens_per_s": round(checked.tokens_per_s),
+        "torch": torch.__version__,
+    }
+
+
+def _facts_as_json(checked: FactsChecked) -> dict[str, Any]:
+    return {
+        "cells": [cell._asdict() for cell in checked.cells],
+        "state_bytes": {},
+        "check_tokens": checked.tokens,
+        "check_cpu_s": round(checked.seconds, 1),
+        "tokens_per_s": round(checked.tokens / checked.seconds),
         "torch": torch.__version__,
     }
 

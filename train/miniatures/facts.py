@@ -1,0 +1,150 @@
+"""Selective recall: one fact in every block, and the last block asks about one of them.
+
+For memories that search a bank (hmt). The question's name stands at the beginning of its block,
+where the search can see it, and again at the end, before the value. What is counted is the answer,
+and whether the search gave the gold block the most weight; beside it the answer of the same model
+with a search that weighs all blocks alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.tasks import multi_fact_recall
+from model.decoder import Decoder
+from model.memory.hmt import Hmt
+from train.miniatures.config import NAMES, FactsStage, Miniature
+from train.miniatures.learner import Learner
+from train.miniatures.progress import Say
+
+ADVANCE, RESTART, RATE = 0.8, 0.0, 0.1
+"""The average of right answers at which one fact more comes, where it begins then, its pace."""
+FULL = 0.5
+"""Share of steps with as many facts as were reached; the others have fewer."""
+
+
+class FactCell(NamedTuple):
+    """What came of the prompts of one length."""
+
+    tokens: int
+    prompts: int
+    exact: int  # right answers
+    found: int  # prompts in which the gold block has the most weight
+    weight: float  # of the gold block, mean
+    uniform: int  # right answers where the search weighs all blocks alike
+
+
+class FactsChecked(NamedTuple):
+    """A whole check."""
+
+    cells: list[FactCell]
+    tokens: int
+    seconds: float  # CPU time
+
+
+class Recalled(NamedTuple):
+    """What a model said to one batch of questions."""
+
+    answers: Tensor  # [rows, V] logits
+    values: Tensor  # [rows] the right ones
+    weights: Tensor  # [rows, facts]: the search's
+    gold: Tensor  # [rows]: the block asked for
+
+    @property
+    def right(self) -> Tensor:
+        """Which answers are right, [rows] bool."""
+        return self.answers.argmax(-1) == self.values
+
+    @property
+    def found(self) -> Tensor:
+        """Where the gold block has the most weight, [rows] bool."""
+        return self.weights.argmax(-1) == self.gold
+
+
+def ask(model: Decoder, rng: np.random.Generator, rows: int, facts: int, length: int) -> Recalled:
+    """Return what the model says to questions about one of `facts` blocks."""
+    task = multi_fact_recall(rng, batch=rows, segments=facts + 1, segment_len=length, names=NAMES)
+    tokens, memory = torch.from_numpy(task.tokens), model.memory
+    assert isinstance(memory, Hmt)
+    starts = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    past, question = tokens[:, :-1], tokens[:, -1:]
+    if torch.is_grad_enabled():
+        state = model(past, starts[:, :-1])[1]
+    else:
+        state = model.read(past, starts[:, :-1])
+    segments = model.segments(question, starts[:, -1:], fresh=False)
+    (prepared,) = memory.prepare(model, question, segments, None)
+    assert prepared.summary is not None
+    weights = memory.attention(prepared.summary, state.stack)[:, -facts:]
+    logits, _ = model(question, starts[:, -1:], state)
+    return Recalled(logits[:, 0, -2], tokens[:, -1, -1], weights, torch.from_numpy(task.gold))
+
+
+def search_loss(recalled: Recalled, log_counts: Tensor) -> Tensor:
+    """Return the cross entropy of the search, every block but the gold one counted so often.
+
+    log_counts [rows, 1]. Counts stand for the many blocks of documents longer than a sample.
+    """
+    scores = recalled.weights.clamp(min=torch.finfo(torch.float32).tiny).log()
+    gold = functional.one_hot(recalled.gold, scores.shape[1]).bool()
+    scores = scores + log_counts.masked_fill(gold, 0.0)
+    return functional.cross_entropy(scores, recalled.gold)
+
+
+def run_facts(learner: Learner, stage: FactsStage, say: Say) -> None:
+    """Train through one stage: one fact, then two, up to the stage's number."""
+    blocks, rows = learner.blocks, learner.miniature.batch_size
+    rng = np.random.default_rng(int(blocks.whole(0, 2**31)))
+    most, answered, found = stage.first, RESTART, 0.0
+    for step in range(stage.steps):
+        full = most == 1 or float(blocks.uniform()) < FULL
+        facts = most if full else int(blocks.whole(1, most))
+        recalled = ask(learner.model, rng, rows, facts, blocks.length)
+        counts = stage.distractors * blocks.uniform(rows, 1)
+        loss = functional.cross_entropy(recalled.answers, recalled.values)
+        learner.learn(loss + stage.search_loss * search_loss(recalled, counts))
+        if full:
+            answered += RATE * (recalled.right.float().mean().item() - answered)
+            found += RATE * (recalled.found.float().mean().item() - found)
+        if answered > ADVANCE and most < stage.blocks:
+            most, answered = most + 1, RESTART
+        if (step + 1) % 100 == 0:
+            say(f"facts {most}, answered {answered:.2f}, found {found:.2f}")
+
+
+def check_facts(model: Decoder, miniature: Miniature, say: Say) -> FactsChecked:
+    """Return answers and finds by length, and the answers of a search without preference."""
+    section, cells, began, read = miniature.check, [], time.process_time(), 0
+    alike = copy.deepcopy(model)
+    assert isinstance(alike.memory, Hmt)
+    torch.nn.init.zeros_(alike.memory.query.weight)  # all scores are 0
+    for length in sorted(section.lengths):
+        facts, totals, weight = length // miniature.segment_len - 1, [0, 0, 0], 0.0
+        size = section.prompts_at_once or section.prompts
+        for part in range(math.ceil(section.prompts / size)):
+            rows = min(size, section.prompts - part * size)
+            how = (rows, facts, miniature.segment_len)
+            with torch.inference_mode():
+                own, even = (
+                    ask(each, np.random.default_rng((section.seed, facts, part)), *how)
+                    for each in (model, alike)
+                )
+            for i, right in enumerate((own.right, own.found, even.right)):
+                totals[i] += int(right.sum())
+            weight += own.weights.gather(1, own.gold.unsqueeze(1)).sum().item()
+            read += 2 * rows * length
+        cells.append(
+            FactCell(
+                length, section.prompts, *totals[:2], round(weight / section.prompts, 4), totals[2]
+            )
+        )
+        say(f"{length}: {totals[0]} of {section.prompts}, found {totals[1]}, uniform {totals[2]}")
+    return FactsChecked(cells, read, time.process_time() - began)
