@@ -89,7 +89,9 @@ class Decoder(nn.Module):
         self.memory: Memory = MEMORIES[config.memory.name](config)
         self.embedding = self.linears.embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, self.linears, self.compute, self.memory.mixer(config, self.linears, layer))
+            Block(
+                config, self.linears, self.compute, self.memory.mixer(config, self.linears, layer)
+            )
             for layer in range(config.num_layers)
         )
         self.head = Head(config, self.linears, self.compute)

@@ -1,6 +1,7 @@
 """Miniatures: the recipes' mechanics, the streaming check, results that survive a kill."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from data.tasks import FILLER, KEY, QUERY
 from model.config import FamMemory
 from model.memory.base import named_tensors
-from train.miniatures import report, trainer
+from train.miniatures import facts, report, trainer
 from train.miniatures.blocks import Blocks
 from train.miniatures.check import Reader, check
 from train.miniatures.config import CheckSection, Miniature, load_miniature, model_config
@@ -444,3 +445,48 @@ def test_the_hit_rate_tells_which_reads_choose_the_key_s_block(tmp_path: Path) -
         assert (answer.found == expected).all()
     cells = check(model, miniature, lambda line: None).cells
     assert [cell.found for cell in cells] == [12, 12, 12]  # of 3 prompts' 4 tokens
+
+
+# --- facts
+
+
+def facts_file(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "facts.yaml"
+    raw = yaml.safe_load(SMALL)
+    raw["name"] = "facts"
+    raw["model"]["memory"] = {"name": "hmt", "bank": 8, "sensory": 2, "search_dim": 4}
+    raw["stages"] = [{"recipe": "facts", "steps": 3, "blocks": 2, "distractors": 1.0}]
+    raw["check"] = {"lengths": [48, 96], "prompts": 5, "prompts_at_once": 3}
+    path.write_text(yaml.safe_dump(raw | changes))
+    return path
+
+
+def test_facts_are_trained_checked_and_shown(tmp_path: Path) -> None:
+    miniature = load_miniature(facts_file(tmp_path))
+    result = trainer.run_seed(miniature, 0, tmp_path, tmp_path, lambda line: None)
+    assert [cell["tokens"] for cell in result["cells"]] == [48, 96]
+    assert all(cell["prompts"] == 5 for cell in result["cells"])
+    text = report.table(tmp_path, [miniature])
+    assert "| 96 | 5 |" in text
+    assert "by uniform search, at 96 | 1 |" in text
+
+
+def test_the_search_s_loss_asks_for_the_gold_block_before_all_its_likes() -> None:
+    weights = torch.tensor([[0.5, 0.25, 0.25]])
+    told = facts.Recalled(torch.zeros(1, 4), torch.zeros(1), weights, torch.tensor([0]))
+    once = facts.search_loss(told, torch.zeros(1, 1))
+    eight = facts.search_loss(told, torch.full((1, 1), math.log(8)))
+    assert once.item() == pytest.approx(-math.log(0.5))
+    assert eight.item() == pytest.approx(-math.log(0.5 / (0.5 + 8 * 0.5)))
+    assert told.found.all()
+
+
+def test_facts_want_a_bank_that_holds_them_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="160 has 9 facts.* bank of 8; use at most 144"):
+        load_miniature(facts_file(tmp_path, check={"lengths": [160]}))
+
+
+def test_facts_want_a_memory_that_searches(tmp_path: Path) -> None:
+    model = yaml.safe_load(SMALL)["model"]
+    with pytest.raises(ConfigError, match="facts searches a bank, fam has none; use hmt"):
+        load_miniature(facts_file(tmp_path, model=model))

@@ -18,9 +18,7 @@ def retrieves(model: Decoder) -> bool:
     return "store" in model.layers()[-1].mixer.parts
 
 
-def found(
-    model: Decoder, blocks: Blocks, question: Tensor, state: State, key_block: int
-) -> Tensor:
+def found(model: Decoder, blocks: Blocks, question: Tensor, state: State, key_block: int) -> Tensor:
     """Return which reads choose the key's block: [rows, heads, 4] bool, of the top layer.
 
     The reads are those of the four tokens that predict the digits; question [rows, 1, S];
