@@ -57,7 +57,7 @@ def miniature(
     if table:
         from train.miniatures import report
 
-        typer.echo(report.table(results, loaded))
+        typer.echo(report.table(results, loaded), nl=False)
         if picture is not None:
             report.plot(results, loaded, picture)
         return

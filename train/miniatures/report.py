@@ -39,10 +39,17 @@ def load_results(folder: Path, name: str) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: int(result["seed"]))
 
 
+TITLE = """# The miniatures in numbers
+
+Printed by `longhaul miniature configs/miniatures/*.yaml --table`, from the results of each seed beside
+this file; what they say, and what they do not, is in docs/results.md.
+"""
+
+
 def table(folder: Path, miniatures: Iterable[Miniature]) -> str:
     """Return markdown: a summary of all, then each miniature's lengths, places and seeds."""
     found = [(m, load_results(folder, m.name)) for m in miniatures]
-    parts = [_summary(found)]
+    parts = [TITLE, _summary(found)]
     for miniature, results in found:
         if results:
             details = _facts if miniature.facts else _details
@@ -91,7 +98,7 @@ def _answers(results: list[dict[str, Any]], tokens: int) -> str:
 def _facts(miniature: Miniature, results: list[dict[str, Any]]) -> str:
     """Return the table of multi-fact recall: a row for each length, a column for each seed."""
     lines = [
-        f"### {miniature.name}",
+        f"## {miniature.name}",
         "",
         "One fact in every block but the last: answered, of all prompts of all seeds with its 95 %"
         " interval; and of each seed: answered / gold block has the most weight / answered where"
@@ -123,7 +130,7 @@ def _interval(interval: Interval) -> str:
 def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
     """Return one miniature's table: a row for each length and place, a column for each seed."""
     lines = [
-        f"### {miniature.name}",
+        f"## {miniature.name}",
         "",
         "Exact match of four digits, of all prompts of all seeds with its 95 % interval, and of"
         " each seed (digits right in brackets)." + _about_hits(results),
