@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             x, _, new = self._run(block, x, None, segments, old, begin)
             after.append(new)
         top = blocks[-1]
-        after.append(top.mixer.write(top, x, segments, before.layers[-1], initial[-1]))
+        after.append(top.mixer.remember(top, x, segments, before.layers[-1], initial[-1]))
         return Carried(after, [])
 
     def _in_turn(

@@ -131,8 +131,8 @@ def _last_layer(layers: str, window: int, retrieve: int) -> str | None:
     if layers == "all" or window or retrieve:
         return None
     return (
-        "last lets the top layer look beyond its segment, and window = retrieve = 0 leave it nothing"
-        " to read; set one of them, or use all"
+        "last lets the top layer look beyond its segment, and window = retrieve = 0 leave it"
+        " nothing to read; set one of them, or use all"
     )
 
 

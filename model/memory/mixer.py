@@ -122,7 +122,7 @@ class Mixer(nn.Module):
             rows = read_rows(block, rows, keys, tokens.segment(0), segments)
         return block.finish(x, attended.flatten(0, 2)), rows, MixerState(window, after)
 
-    def write(
+    def remember(
         self, block: Block, x: Tensor, segments: Segments, state: MixerState, initial: Initial
     ) -> MixerState:
         """Return the state that mix returns, without what its tokens read: x [rows, D]."""

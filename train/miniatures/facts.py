@@ -9,7 +9,6 @@ with a search that weighs all blocks alike.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from typing import NamedTuple
 
@@ -122,29 +121,31 @@ def run_facts(learner: Learner, stage: FactsStage, say: Say) -> None:
 
 def check_facts(model: Decoder, miniature: Miniature, say: Say) -> FactsChecked:
     """Return answers and finds by length, and the answers of a search without preference."""
-    section, cells, began, read = miniature.check, [], time.process_time(), 0
+    began, cells = time.process_time(), []
     alike = copy.deepcopy(model)
     assert isinstance(alike.memory, Hmt)
     torch.nn.init.zeros_(alike.memory.query.weight)  # all scores are 0
-    for length in sorted(section.lengths):
-        facts, totals, weight = length // miniature.segment_len - 1, [0, 0, 0], 0.0
-        size = section.prompts_at_once or section.prompts
-        for part in range(math.ceil(section.prompts / size)):
-            rows = min(size, section.prompts - part * size)
-            how = (rows, facts, miniature.segment_len)
-            with torch.inference_mode():
-                own, even = (
-                    ask(each, np.random.default_rng((section.seed, facts, part)), *how)
-                    for each in (model, alike)
-                )
-            for i, right in enumerate((own.right, own.found, even.right)):
-                totals[i] += int(right.sum())
-            weight += own.weights.gather(1, own.gold.unsqueeze(1)).sum().item()
-            read += 2 * rows * length
-        cells.append(
-            FactCell(
-                length, section.prompts, *totals[:2], round(weight / section.prompts, 4), totals[2]
-            )
+    for length in sorted(miniature.check.lengths):
+        cells.append(_cell(model, alike, miniature, length))
+        say(f"{cells[-1]}")
+    tokens = sum(2 * cell.prompts * cell.tokens for cell in cells)
+    return FactsChecked(cells, tokens, time.process_time() - began)
+
+
+@torch.inference_mode()
+def _cell(model: Decoder, alike: Decoder, miniature: Miniature, length: int) -> FactCell:
+    """Return what both models say to the same questions at one length."""
+    section, facts = miniature.check, length // miniature.segment_len - 1
+    size, exact, found, uniform, weight = section.prompts_at_once, 0, 0, 0, 0.0
+    for first in range(0, section.prompts, size or section.prompts):
+        rows, drawn = min(size or section.prompts, section.prompts - first), (section.seed, first)
+        own, even = (
+            ask(each, np.random.default_rng(drawn), rows, facts, miniature.segment_len)
+            for each in (model, alike)
         )
-        say(f"{length}: {totals[0]} of {section.prompts}, found {totals[1]}, uniform {totals[2]}")
-    return FactsChecked(cells, read, time.process_time() - began)
+        exact += int(own.right.sum())
+        found += int(own.found.sum())
+        uniform += int(even.right.sum())
+        weight += own.weights.gather(1, own.gold.unsqueeze(1)).sum().item()
+    mean = round(weight / section.prompts, 4)
+    return FactCell(length, section.prompts, exact, found, mean, uniform)

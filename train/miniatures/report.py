@@ -41,8 +41,8 @@ def load_results(folder: Path, name: str) -> list[dict[str, Any]]:
 
 TITLE = """# The miniatures in numbers
 
-Printed by `longhaul miniature configs/miniatures/*.yaml --table`, from the results of each seed beside
-this file; what they say, and what they do not, is in docs/results.md.
+Printed by `longhaul miniature configs/miniatures/*.yaml --table`, from the results of each seed
+beside this file; what they say, and what they do not, is in docs/results.md.
 """
 
 
