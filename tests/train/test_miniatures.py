@@ -5,12 +5,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
-from data.tasks import FILLER, KEY, QUERY
+from data.tasks import FILLER, KEY, QUERY, multi_fact_recall
 from model.config import FamMemory
 from model.memory.base import named_tensors
 from train.miniatures import facts, report, trainer
@@ -475,7 +476,7 @@ def facts_file(tmp_path: Path, **changes: object) -> Path:
     raw = yaml.safe_load(SMALL)
     raw["name"] = "facts"
     raw["model"]["memory"] = {"name": "hmt", "bank": 8, "sensory": 2, "search_dim": 4}
-    raw["stages"] = [{"recipe": "facts", "steps": 3, "blocks": 2, "distractors": 1.0}]
+    raw["stages"] = [{"recipe": "facts", "steps": 3, "blocks": 2}]
     raw["check"] = {"lengths": [48, 96], "prompts": 5, "prompts_at_once": 3}
     path.write_text(yaml.safe_dump(raw | changes))
     return path
@@ -491,14 +492,23 @@ def test_facts_are_trained_checked_and_shown(tmp_path: Path) -> None:
     assert "by uniform search, at 96 | 1 |" in text
 
 
-def test_the_search_s_loss_asks_for_the_gold_block_before_all_its_likes() -> None:
-    weights = torch.tensor([[0.5, 0.25, 0.25]])
-    told = facts.Recalled(torch.zeros(1, 4), torch.zeros(1), weights, torch.tensor([0]))
-    once = facts.search_loss(told, torch.zeros(1, 1))
-    eight = facts.search_loss(told, torch.full((1, 1), math.log(8)))
-    assert once.item() == pytest.approx(-math.log(0.5))
-    assert eight.item() == pytest.approx(-math.log(0.5 / (0.5 + 8 * 0.5)))
-    assert told.found.all()
+def test_the_search_s_loss_is_over_all_rows_but_hides_the_same_name() -> None:
+    scores = torch.tensor([[[0.0, 1.0], [2.0, 3.0]], [[0.0, 1.0], [2.0, 3.0]]]).log()
+    same = torch.zeros(2, 2, 2, dtype=torch.bool)
+    same[0, 0, 1] = same[0, 1, 0] = same[1, 1, 1] = True  # row 0's name is in row 1's block 0 too
+    told = facts.Recalled(
+        torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 2), torch.tensor([1, 1]), scores, same
+    )
+    expected = -(math.log(1 / (0 + 1 + 3)) + math.log(3 / (0 + 1 + 2 + 3))) / 2
+    assert facts.search_loss(told).item() == pytest.approx(expected)
+
+
+def test_a_block_s_name_is_the_token_behind_its_key() -> None:
+    task = multi_fact_recall(np.random.default_rng(0), batch=5, segments=4, segment_len=16)
+    names = facts._names(torch.from_numpy(task.tokens[:, :-1]))
+    rows = torch.arange(5)
+    asked = torch.from_numpy(task.tokens[:, -1, 1])
+    assert torch.equal(names[rows, torch.from_numpy(task.gold)], asked)
 
 
 def test_facts_want_a_bank_that_holds_them_all(tmp_path: Path) -> None:

@@ -115,14 +115,10 @@ class FactsStage(StageSection):
     )
     first: Annotated[int, Field(ge=1)] = Field(default=1, description="Facts at first.")
     search_loss: NonNegative = Field(
-        default=0.3,
-        description="Weight of the search's own loss, which tells it the block that was asked for."
-        " 0 leaves the search to the answer's gradient, which hardly reaches it.",
-    )
-    distractors: NonNegative = Field(
-        default=0.0,
-        description="In the search's loss each other block counts as c of them, log c uniform in"
-        " [0, a]: what a longer document would have. 0 is off.",
+        default=1.0,
+        description="Weight of the search's own loss, which tells it the block that was asked for"
+        " among those of all rows. 0 leaves the search to the answer's gradient, which hardly"
+        " reaches it.",
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.tasks import multi_fact_recall
+from data.tasks import KEY, multi_fact_recall
 from model.decoder import Decoder
 from model.memory.hmt import Hmt
 from train.miniatures.config import NAMES, FactsStage, Miniature
@@ -56,6 +56,8 @@ class Recalled(NamedTuple):
     values: Tensor  # [rows] the right ones
     weights: Tensor  # [rows, facts]: the search's
     gold: Tensor  # [rows]: the block asked for
+    scores: Tensor  # [rows, rows, facts]: of every row's blocks
+    same: Tensor  # [rows, rows, facts] bool: that block has a fact of the name asked for
 
     @property
     def right(self) -> Tensor:
@@ -83,19 +85,36 @@ def ask(model: Decoder, rng: np.random.Generator, rows: int, facts: int, length:
     (prepared,) = memory.prepare(model, question, segments, None)
     assert prepared.summary is not None
     weights = memory.attention(prepared.summary, state.stack)[:, -facts:]
+    scores = memory.scores(prepared.summary, state.stack.bank[:, -facts:].flatten(0, 1))
     logits, _ = model(question, starts[:, -1:], state)
-    return Recalled(logits[:, 0, -2], tokens[:, -1, -1], weights, torch.from_numpy(task.gold))
+    return Recalled(
+        logits[:, 0, -2],
+        tokens[:, -1, -1],
+        weights,
+        torch.from_numpy(task.gold),
+        scores.unflatten(1, (rows, facts)),
+        _names(past) == question[:, 0, 1].view(-1, 1, 1),
+    )
 
 
-def search_loss(recalled: Recalled, log_counts: Tensor) -> Tensor:
-    """Return the cross entropy of the search, every block but the gold one counted so often.
+def _names(blocks: Tensor) -> Tensor:
+    """Return the name of each block's fact, blocks [rows, N, S]: [rows, N]."""
+    place = (blocks == KEY).int().argmax(-1, keepdim=True) + 1
+    return blocks.gather(-1, place).squeeze(-1)
 
-    log_counts [rows, 1]. Counts stand for the many blocks of documents longer than a sample.
+
+def search_loss(recalled: Recalled) -> Tensor:
+    """Return the cross entropy of the search, over the blocks of all rows of the batch.
+
+    The other rows' blocks stand for the many of a document longer than a sample. Those that hold
+    a fact of the name asked for, but not this document's, count for nothing.
     """
-    scores = recalled.weights.clamp(min=torch.finfo(torch.float32).tiny).log()
-    gold = functional.one_hot(recalled.gold, scores.shape[1]).bool()
-    scores = scores + log_counts.masked_fill(gold, 0.0)
-    return functional.cross_entropy(scores, recalled.gold)
+    rows, _, facts = recalled.scores.shape
+    gold = torch.arange(rows) * facts + recalled.gold
+    right = functional.one_hot(gold, rows * facts).bool()
+    hidden = recalled.same.flatten(1) & ~right
+    scores = recalled.scores.flatten(1).masked_fill(hidden, float("-inf"))
+    return functional.cross_entropy(scores, gold)
 
 
 def run_facts(learner: Learner, stage: FactsStage, say: Say) -> None:
@@ -107,9 +126,8 @@ def run_facts(learner: Learner, stage: FactsStage, say: Say) -> None:
         full = most == 1 or float(blocks.uniform()) < FULL
         facts = most if full else int(blocks.whole(1, most))
         recalled = ask(learner.model, rng, rows, facts, blocks.length)
-        counts = stage.distractors * blocks.uniform(rows, 1)
         loss = functional.cross_entropy(recalled.answers, recalled.values)
-        learner.learn(loss + stage.search_loss * search_loss(recalled, counts))
+        learner.learn(loss + stage.search_loss * search_loss(recalled))
         if full:
             answered += RATE * (recalled.right.float().mean().item() - answered)
             found += RATE * (recalled.found.float().mean().item() - found)
