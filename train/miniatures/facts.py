@@ -122,10 +122,11 @@ def run_facts(learner: Learner, stage: FactsStage, say: Say) -> None:
     blocks, rows = learner.blocks, learner.miniature.batch_size
     rng = np.random.default_rng(int(blocks.whole(0, 2**31)))
     most, answered, found = stage.first, RESTART, 0.0
+    length = stage.block_len or blocks.length
     for step in range(stage.steps):
         full = most == 1 or float(blocks.uniform()) < FULL
         facts = most if full else int(blocks.whole(1, most))
-        recalled = ask(learner.model, rng, rows, facts, blocks.length)
+        recalled = ask(learner.model, rng, rows, facts, length)
         loss = functional.cross_entropy(recalled.answers, recalled.values)
         learner.learn(loss + stage.search_loss * search_loss(recalled))
         if full:
