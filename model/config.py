@@ -111,6 +111,7 @@ class LandmarkMemory:
     window: int = 0
     retrieve: int = 0
     granularity: Literal["token_and_head", "heads", "tokens"] = "token_and_head"
+    layers: Literal["all", "last"] = "all"
     name: Literal["landmark"] = "landmark"
 
 

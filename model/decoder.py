@@ -91,8 +91,10 @@ class Decoder(nn.Module):
         self.memory: Memory = MEMORIES[config.memory.name](config)
         self.embedding = self.linears.embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, self.linears, self.compute, self.memory.mixer(config, self.linears))
-            for _ in range(config.num_layers)
+            Block(
+                config, self.linears, self.compute, self.memory.mixer(config, self.linears, layer)
+            )
+            for layer in range(config.num_layers)
         )
         self.head = Head(config, self.linears, self.compute)
         if config.lora is not None:
@@ -160,6 +162,33 @@ class Decoder(nn.Module):
             return self._in_order(logits, tokens.shape), after
         loss, token_losses = self.head(x, self._as_rows(labels), scale, tied)
         return Output(loss, self._in_order(token_losses, tokens.shape), after)
+
+    @torch.no_grad()
+    def read(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        state: Carried | None = None,
+        *,
+        step: int | None = None,
+    ) -> Carried:
+        """Return the state that forward returns, without the work that only logits need.
+
+        tokens [B, N, S], starts [B, N]. Of a memory inside the layers the top one writes, and reads
+        nothing: half of the work of two layers, and no search for blocks that nobody asks for.
+        """
+        segments = self.segments(tokens, starts, fresh=state is None)
+        before = state or self.empty(segments)
+        if isinstance(self.memory, InTurn):
+            return self._in_turn(self.memory, tokens, segments, before, step)[1]
+        blocks, x = self.layers(), self.embed(tokens)
+        initial, after = self.memory.initial(blocks, self.linears), []
+        for block, old, begin in zip(blocks[:-1], before.layers, initial, strict=False):
+            x, _, new = self._run(block, x, None, segments, old, begin)
+            after.append(new)
+        top = blocks[-1]
+        after.append(top.mixer.remember(top, x, segments, before.layers[-1], initial[-1]))
+        return Carried(after, [])
 
     def _in_turn(
         self,

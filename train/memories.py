@@ -237,6 +237,12 @@ class LandmarkMemory(MemorySection):
         " its own; heads: all heads of a token; tokens: all tokens of a call, so that a token's"
         " choice depends on later ones: for reading prompts fast, not for training.",
     )
+    layers: Literal["all", "last"] = Field(
+        default="all",
+        description="Which look beyond their segment, by window and retrieval. last: the top one"
+        " alone, so that only its blocks are kept, and reading a prompt searches nothing; what it"
+        " finds is of blocks that have seen their own segment only.",
+    )
 
 
 Named = (

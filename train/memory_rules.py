@@ -127,6 +127,15 @@ def _heads_over_tp(granularity: str, retrieve: int, tp: int) -> str | None:
     )
 
 
+def _last_layer(layers: str, window: int, retrieve: int) -> str | None:
+    if layers == "all" or window or retrieve:
+        return None
+    return (
+        "last lets the top layer look beyond its segment, and window = retrieve = 0 leave it"
+        " nothing to read; set one of them, or use all"
+    )
+
+
 def _hmt_layout(layout: str, cp: int, bank: int) -> str | None:
     if layout == "zigzag" or cp == 1:
         return None
@@ -156,7 +165,7 @@ _MEMORY = "model.memory"
 _FAM, _RMT, _ARMT = (f"{_MEMORY}.{name}.slots" for name in ("fam", "rmt", "armt"))
 _BANK, _SENSORY = f"{_MEMORY}.hmt.bank", f"{_MEMORY}.hmt.sensory"
 _BLOCK, _RETRIEVE = f"{_MEMORY}.landmark.block", f"{_MEMORY}.landmark.retrieve"
-_GRANULARITY = f"{_MEMORY}.landmark.granularity"
+_GRANULARITY, _LAYERS = (f"{_MEMORY}.landmark.{key}" for key in ("granularity", "layers"))
 
 # a rule that reads hmt's bank for nothing else holds for hmt alone
 MEMORY_RULES: tuple[Rule, ...] = (
@@ -178,4 +187,5 @@ MEMORY_RULES: tuple[Rule, ...] = (
     Rule(_BLOCK, (_BLOCK, _SEGMENT, _CP, _LAYOUT), _landmark_block),
     Rule(_RETRIEVE, (_RETRIEVE, _CP), _retrieve_over_cp),
     Rule(_GRANULARITY, (_GRANULARITY, _RETRIEVE, _TP), _heads_over_tp),
+    Rule(_LAYERS, (_LAYERS, f"{_MEMORY}.landmark.window", _RETRIEVE), _last_layer),
 )

@@ -20,8 +20,12 @@ def miniature(
     ],
     seed: SeedOption = None,
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where results go, a folder for each name.")
+        Path, typer.Option(metavar="FOLDER", help="Where weights go, a folder for each name.")
     ] = Path("runs/miniatures"),
+    results: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Where results go and are: NAME/seed-N.json."),
+    ] = Path("docs/results/miniatures"),
     table: Annotated[
         bool,
         typer.Option("--table", help="Train nothing: print the table of all results so far."),
@@ -34,10 +38,12 @@ def miniature(
 
     One core, minutes of training, then a streaming check at every length and key position. Each
     seed's result is written as JSON; finished seeds are not run again, a killed one is begun anew.
+    The results that docs/results.md shows are in the repository: to run such a seed yourself, give
+    another folder for --results.
 
     \b
     Examples:
-      longhaul miniature configs/miniatures/fam.yaml --seed 0
+      longhaul miniature configs/miniatures/fam.yaml --seed 0 --results my-results
       longhaul miniature configs/miniatures/*.yaml --table --picture miniatures.png
     """  # noqa: D301
     from train.quiet import quieten_libraries
@@ -51,9 +57,9 @@ def miniature(
     if table:
         from train.miniatures import report
 
-        typer.echo(report.table(output, loaded))
+        typer.echo(report.table(results, loaded), nl=False)
         if picture is not None:
-            report.plot(output, loaded, picture)
+            report.plot(results, loaded, picture)
         return
     import torch
 
@@ -64,7 +70,7 @@ def miniature(
         for number in each.seeds if seed is None else seed:
             folder = output / each.name / f"seed-{number}"
             typer.echo(f"{each.name}, seed {number} -> {folder}")
-            run_seed(each, number, folder, lambda line: typer.echo(f"  {line}"))
+            run_seed(each, number, folder, results, lambda line: typer.echo(f"  {line}"))
 
 
 def register(app: typer.Typer) -> None:

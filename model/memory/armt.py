@@ -162,7 +162,7 @@ class Armt(InTurn):
         self.frame = Frame(back=self.memory.slots)
         self.rows = nn.Parameter(torch.empty(self.memory.slots, config.hidden_size))
 
-    def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
+    def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
         """Return a layer's attention and matrix."""
         return ArmtMixer(config, self.memory)
 

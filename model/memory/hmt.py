@@ -140,13 +140,19 @@ class Hmt(InTurn):
     def attention(self, summary: Tensor, state: HmtState) -> Tensor:
         """Return how much of each memory in the bank is recalled: [B, L]."""
         wide = state.bank.dtype
-        query = summary.to(wide) @ self.query.weight.to(wide).t()
-        keys = state.bank @ self.key.weight.to(wide).t()
-        scores = (keys @ query.unsqueeze(-1)).squeeze(-1) * self.memory.search_dim**-0.5
+        scores = self.scores(summary.unsqueeze(1), state.bank).squeeze(1)
         places = torch.arange(self.memory.bank, device=scores.device)
         empty = places < self.memory.bank - state.filled.unsqueeze(1)
         weights: Tensor = scores.masked_fill(empty, torch.finfo(wide).min).softmax(-1)
         return weights.masked_fill(empty, 0.0)
+
+    def scores(self, summaries: Tensor, bank: Tensor) -> Tensor:
+        """Return how well memories [..., L, D] match summaries [..., R, D]: [..., R, L]."""
+        wide = bank.dtype
+        queries = summaries.to(wide) @ self.query.weight.to(wide).t()
+        keys = bank @ self.key.weight.to(wide).t()
+        found: Tensor = queries @ keys.mT * self.memory.search_dim**-0.5
+        return found
 
     def _summarise(self, stack: Stack, tokens: Tensor, segments: Segments) -> Tensor:
         """Return one row for each first half of a segment, tokens [B, N, S / 2]: [B, N, D]."""

@@ -41,7 +41,7 @@ class InTurn(nn.Module):
     weighted = False
     packs = False  # a document that begins inside a segment would need rows of its own
 
-    def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
+    def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
         """Return the memory of one block: the rows come from outside, so nothing but a window."""
         return Mixer({}, config)
 

@@ -6,6 +6,9 @@ block's own softmax says what is read in it. Blocks lie inside segments and insi
 
 With `retrieve`, blocks that have left the window are kept, and each query reads the best of them
 (see retrieval): memory grows with the document, a block of keys at a time, on the host.
+
+With `layers` last only the top layer looks beyond its segment. Below it segments are independent
+then, and as no layer reads what the top one found, a document is read without any search.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from model.memory.base import Block, Initial, Part, PartMemory, Tokens
 from model.memory.block_store import BlockStore, append, empty_store, forget
 from model.memory.grouped import GroupedSoftmax
 from model.memory.layered import Layered
-from model.memory.retrieval import retrieve
+from model.memory.mixer import LocalMixer, Mixer
+from model.memory.retrieval import Retrieved, retrieve
 
 
 class StoresRead(NamedTuple):
@@ -91,9 +95,18 @@ class RetrievalPart(Part):
 
     def other(self, segments: Segments, opened: StoresRead, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each segment's queries read of the store before it."""
+        found = self.retrieved(segments, opened, q)
+        missing = segments.segment_len - found[0].lse.shape[-1]
+        out = torch.stack([past.out.transpose(1, 2) for past in found], 1)
+        lse = torch.stack([past.lse for past in found], 1)
+        out = functional.pad(out, (0, 0, 0, 0, 0, missing))
+        return out, functional.pad(lse, (0, missing), value=float("-inf"))
+
+    def retrieved(self, segments: Segments, opened: StoresRead, q: Tensor) -> list[Retrieved]:
+        """Return what each segment's queries [B, N, S, H, K], not rotated, find, and where."""
         count = segments.filled or segments.segment_len  # padding must choose no block
         places = segments.window * segments.segment_len + torch.arange(count)
-        found = [
+        return [
             retrieve(
                 q[:, n, :count],
                 store,
@@ -104,11 +117,6 @@ class RetrievalPart(Part):
             )
             for n, store in enumerate(opened.stores)
         ]
-        missing = segments.segment_len - count
-        out = torch.stack([past.out.transpose(1, 2) for past in found], 1)
-        lse = torch.stack([past.lse for past in found], 1)
-        out = functional.pad(out, (0, 0, 0, 0, 0, missing))
-        return out, functional.pad(lse, (0, missing), value=float("-inf"))
 
 
 class Retrieval(PartMemory):
@@ -132,6 +140,13 @@ class Landmark(Layered):
         super().__init__(config)
         assert isinstance(config.memory, LandmarkMemory)
         self.kernel = GroupedSoftmax(config.memory.block)
+        self.all_layers = config.memory.layers == "all"
+
+    def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
+        """Return the memory of one block: of the lower ones none, where only the top has one."""
+        if self.all_layers or layer == config.num_layers - 1:
+            return super().mixer(config, linears, layer)
+        return LocalMixer({}, config.rope_base, self.kernel)
 
     def made_of(self, config: ModelConfig) -> dict[str, PartMemory]:
         """Return the store of blocks, if any are retrieved."""

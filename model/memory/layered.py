@@ -50,8 +50,8 @@ class Layered(nn.Module):
             parts = (memory,)
         return {part.name: PARTS[part.name](config, part) for part in parts}
 
-    def mixer(self, config: ModelConfig, linears: Linears) -> Mixer:
-        """Return the memory of one block."""
+    def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
+        """Return the memory of one block; layer 0 is the lowest."""
         parts = {name: part.part(config, linears) for name, part in self._parts().items()}
         return Mixer(parts, config, self.kernel)
 
@@ -64,7 +64,8 @@ class Layered(nn.Module):
         """Return what a document may begin with instead, of the parts that have it."""
         found = {}
         for name, part in self._parts().items():
-            passed = part.handed_on([layer.parts[name] for layer in carried.layers])
+            states = [layer.parts[name] for layer in carried.layers if name in layer.parts]
+            passed = part.handed_on(states)
             if passed is not None:
                 found[name] = passed
         if not found:

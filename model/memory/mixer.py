@@ -156,6 +156,14 @@ class Mixer(nn.Module):
             rows = read_rows(block, rows, keys, tokens.segment(0), segments)
         return block.finish(x, attended.flatten(0, 2)), rows, MixerState(window, after)
 
+    def remember(
+        self, block: Block, x: Tensor, segments: Segments, state: MixerState, initial: Initial
+    ) -> MixerState:
+        """Return the state that mix returns, without what its tokens read: x [rows, D]."""
+        tokens, window = read_tokens(block, x, segments, state.window)
+        _, after = self._chains(block, segments, tokens, state.parts, initial)
+        return MixerState(window, after)
+
     def open(
         self,
         block: Block,
@@ -271,3 +279,40 @@ class Mixer(nn.Module):
 
     def _parts(self) -> dict[str, Part]:
         return {name: part for name, part in self.parts.items() if isinstance(part, Part)}
+
+
+class LocalMixer(Mixer):
+    """Attention inside the segment alone, in a model whose other layers look further back."""
+
+    def mix(
+        self,
+        block: Block,
+        x: Tensor,
+        rows: Rows | None,
+        segments: Segments,
+        state: MixerState,
+        initial: Initial,
+    ) -> tuple[Tensor, Rows | None, MixerState]:
+        """Return what a mixer without a window does."""
+        return super().mix(block, x, rows, _without_window(segments), state, initial)
+
+    def open(
+        self,
+        block: Block,
+        rows: Rows | None,
+        segments: Segments,
+        state: MixerState,
+        initial: Initial,
+    ) -> tuple[Rows | None, OpenLayer]:
+        """Return what a mixer without a window does."""
+        return super().open(block, rows, _without_window(segments), state, initial)
+
+    def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
+        """Return the state of streams that have read nothing: there is none but their age."""
+        return super().empty(block, _without_window(segments), like)
+
+
+def _without_window(segments: Segments) -> Segments:
+    """Return the segments as layers see them that read no earlier one; places stay the same."""
+    own = slice(segments.window, None)
+    return segments._replace(window=0, cos=segments.cos[own], sin=segments.sin[own])

@@ -50,6 +50,7 @@ IN_A_LAYER: dict[str, MemoryConfig] = {
     "landmark-window-2": LandmarkMemory(block=2, window=2),
     "landmark-retrieve": LandmarkMemory(block=2, retrieve=2),
     "landmark-window-1-retrieve-heads": LandmarkMemory(2, 1, 1, "heads"),
+    "landmark-window-1-retrieve-last": LandmarkMemory(2, 1, 2, layers="last"),
 }
 """All segments of a forward pass go through a layer at once."""
 

@@ -185,6 +185,21 @@ def test_segment_by_segment_equals_all_at_once(memory: MemoryConfig) -> None:
     assert_each(results[2], results[0], EXACT)
 
 
+@MEMORY
+def test_reading_without_logits_remembers_the_same(memory: MemoryConfig) -> None:
+    model, batch = build(config_of(memory)), batch_of(2, 6, 6)
+    batch.starts[1, 1] = batch.starts[0, 4] = True
+    parts = [batch.segments(*ends) for ends in ((0, 2), (2, 5), (5, 6))]
+    expected, state = None, None
+    for part in parts[:2]:
+        _, expected = logits_of(model, part, expected)
+        state = model.read(part.tokens, part.starts, state, step=0)
+    last = parts[2]
+    with torch.no_grad():
+        logits, _ = model(last.tokens, last.starts, state, step=0)
+    assert relative(logits[..., :VOCAB], logits_of(model, last, expected)[0]) < EXACT
+
+
 def loss_and_gradients(
     memory: MemoryConfig, compute: ComputeConfig, batch: Batch
 ) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ MEMORIES: dict[str, MemoryConfig] = {
         [WindowMemory(1), FamMemory(slots=4), InfiniMemory(gate_init=0.5), AbcMemory(slots=2)]
     ),
     "landmark": LandmarkMemory(block=2, window=1),
+    "landmark-last": LandmarkMemory(block=2, window=1, layers="last"),
     "rmt": RmtMemory(slots=4, state="norm", offset=True),
     "rmt-causal": RmtMemory(slots=2, mask="causal", window=1),
     "armt": ArmtMemory(slots=4, key_dim=4),

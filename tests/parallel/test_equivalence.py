@@ -74,6 +74,7 @@ OTHERS = [
     Case(tensor="TP2+SP", cp=2, stage=2, memory="fam-hidden"),
     Case(tensor="TP2+SP", cp=2, stage=2, memory="rmt-causal"),
     Case(cp=2, memory="hmt-stage-1", layout="contiguous", stage=3),
+    Case(cp=2, windows=2, memory="landmark-last", stage=2),
     Case(cp=2, windows=2, memory="rmt"),
     Case(cp=2, windows=4, memory="rmt", stage=2),
     Case(dp=2, windows=4, memory="armt", stage=3),

@@ -49,6 +49,11 @@ def memory(name: str, **keys: object) -> dict[str, Any]:
             " ranks hold a part of them; use token_and_head or tokens, or parallel.tp=1",
         ),
         (
+            memory("landmark", layers="last"),
+            "model.memory.layers: last lets the top layer look beyond its segment, and window ="
+            " retrieve = 0 leave it nothing to read; set one of them, or use all",
+        ),
+        (
             memory("rmt", slots=5) | SP,
             "model.memory.slots: 5 rows before a segment and 5 behind it do not split over"
             " parallel.tp = 4 (sequence parallelism); use 4 or 6, or set"

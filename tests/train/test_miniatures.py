@@ -1,18 +1,20 @@
 """Miniatures: the recipes' mechanics, the streaming check, results that survive a kill."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
-from data.tasks import FILLER, KEY, QUERY
+from data.tasks import FILLER, KEY, QUERY, multi_fact_recall
 from model.config import FamMemory
 from model.memory.base import named_tensors
-from train.miniatures import report, trainer
+from train.miniatures import facts, report, trainer
 from train.miniatures.blocks import Blocks
 from train.miniatures.check import Reader, check
 from train.miniatures.config import CheckSection, Miniature, load_miniature, model_config
@@ -116,6 +118,14 @@ def test_only_filler_is_amplified() -> None:
     assert (weights[at_key] == 0).all()
     assert 0 <= weights[~at_key].min() < 0.2
     assert 5.8 < weights[~at_key].max() <= 6.0
+
+
+def test_a_share_of_rows_is_not_amplified() -> None:
+    blocks = Blocks(16, 0)
+    weights = amplification(blocks, torch.zeros(40, dtype=torch.int64), 4, 6.0, plain=0.25)
+    assert weights is not None
+    assert (weights[:10] == 0).all()
+    assert (weights[10:, 1:] > 0).all()
 
 
 def test_the_rate_warms_up_and_falls_to_its_end(small: Miniature) -> None:
@@ -254,11 +264,16 @@ def test_the_check_reads_documents_of_the_lengths_asked_for(
             read += 1
         return torch.zeros(*tokens.shape, 32), (read, key)
 
+    class Counting:
+        def read(self, tokens, starts, state):  # type: ignore[no-untyped-def]
+            return counting(self, tokens, state)[1]
+
     monkeypatch.setattr("train.miniatures.check.read", counting)
+    monkeypatch.setattr("train.miniatures.check.retrieves", lambda model: False)
     monkeypatch.setattr("train.miniatures.check.num_bytes", lambda state: 3)
     section = CheckSection(lengths=(48, 96, 160), prompts=2, blocks_at_once=3)
     miniature = small.model_copy(update={"check": section})
-    done = check(None, miniature, lambda line: None)  # type: ignore[arg-type]
+    done = check(Counting(), miniature, lambda line: None)  # type: ignore[arg-type]
     assert sorted(asked) == sorted(
         (count, key) for count in (3, 6, 10) for key in (0, count // 2, count - 2)
     )
@@ -275,8 +290,9 @@ def test_several_blocks_at_once_stream_the_same(small: Miniature) -> None:
         reader = Reader(model, Blocks(16, 0), 3, at_once)
         tokens = torch.randint(0, FILLER, (3, 9, 16), generator=torch.Generator().manual_seed(0))
         state = None
-        for part in tokens.split(at_once, 1):
-            logits, state = reader.read(part, state)
+        for part in tokens[:, :-1].split(at_once, 1):
+            state = reader.remember(part, state)
+        logits, state = reader.read(tokens[:, -1:], state)
         states.append(state)
         answers.append(logits[:, -1])
         assert reader.tokens == tokens.numel()
@@ -291,7 +307,7 @@ def test_the_question_does_not_refresh_the_state(small: Miniature) -> None:
     blocks = Blocks(16, 0)
     _, state = read(model, blocks.filler(2, 3))
     before = [tensor.clone() for tensor in named_tensors(state, "").values()]
-    Reader(model, blocks, 2, 1).ask(state, blocks.keys(2))
+    Reader(model, blocks, 2, 1).ask(state, blocks.keys(2), 0)
     assert all(
         torch.equal(a, b) for a, b in zip(before, named_tensors(state, "").values(), strict=True)
     )
@@ -303,10 +319,10 @@ def test_the_question_does_not_refresh_the_state(small: Miniature) -> None:
 def test_a_finished_seed_is_not_run_again(
     small: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = trainer.run_seed(small, 0, tmp_path / "seed-0", lambda line: None)
+    first = trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     monkeypatch.setattr(trainer, "train", None)
     monkeypatch.setattr(trainer, "check", None)
-    assert trainer.run_seed(small, 0, tmp_path / "seed-0", lambda line: None) == first
+    assert trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None) == first
 
 
 def test_a_run_killed_in_its_check_keeps_its_training(
@@ -318,10 +334,10 @@ def test_a_run_killed_in_its_check_keeps_its_training(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "check", killed)
         with pytest.raises(KeyboardInterrupt):
-            trainer.run_seed(small, 0, tmp_path, lambda line: None)
+            trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     monkeypatch.setattr(trainer, "train", None)
-    result = trainer.run_seed(small, 0, tmp_path, lambda line: None)
-    whole = trainer.run_seed(small, 0, tmp_path, lambda line: None)
+    result = trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
+    whole = trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     assert result["cells"] == whole["cells"]
 
 
@@ -331,16 +347,16 @@ def test_a_seed_gives_the_same_weights_every_time(small: Miniature) -> None:
 
 
 def test_results_of_another_configuration_are_refused(small: Miniature, tmp_path: Path) -> None:
-    trainer.run_seed(small, 0, tmp_path, lambda line: None)
+    trainer.run_seed(small, 0, tmp_path, tmp_path, lambda line: None)
     other = small.model_copy(update={"batch_size": 5})
     with pytest.raises(ValueError, match="another configuration .*batch_size"):
-        trainer.run_seed(other, 0, tmp_path, lambda line: None)
+        trainer.run_seed(other, 0, tmp_path, tmp_path, lambda line: None)
 
 
 def test_the_table_says_what_was_run_and_what_was_not(small: Miniature, tmp_path: Path) -> None:
     assert "not run" in report.table(tmp_path, [small])
     for seed in (0, 1):
-        trainer.run_seed(small, seed, tmp_path / "small" / f"seed-{seed}", lambda line: None)
+        trainer.run_seed(small, seed, tmp_path / f"seed-{seed}", tmp_path, lambda line: None)
     text = report.table(tmp_path, [small])
     assert "at 96 | 2 |" in text
     assert text.count("| 96 |") == 3
@@ -356,6 +372,26 @@ def test_wilson_s_interval(right: int, of: int, low: float, high: float) -> None
     interval = report.wilson(right, of)
     assert interval.low == pytest.approx(low, abs=1e-3)
     assert interval.high == pytest.approx(high, abs=1e-3)
+
+
+RESULTS = Path("docs/results/miniatures")
+
+
+def our_own() -> list[Miniature]:
+    return [load_miniature(path) for path in sorted(Path("configs/miniatures").glob("*.yaml"))]
+
+
+def test_the_committed_tables_are_what_the_committed_results_say() -> None:
+    """Remedy: longhaul miniature configs/miniatures/*.yaml --table >docs/results/miniatures.md."""
+    shown = Path("docs/results/miniatures.md").read_text(encoding="utf-8")
+    assert shown == report.table(RESULTS, our_own())
+
+
+def test_the_committed_results_are_of_the_committed_configurations() -> None:
+    for miniature in our_own():
+        config = miniature.model_dump(mode="json", exclude={"seeds", "paper"})
+        for result in report.load_results(RESULTS, miniature.name):
+            assert not list(trainer._differences(result["config"], config)), miniature.name
 
 
 # --- configuration
@@ -394,13 +430,93 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
     app.command()(lambda: None)
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
-    run = CliRunner().invoke(
-        app, ["miniature", str(path), "--seed", "0", "--output", str(tmp_path / "out")]
-    )
+    folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    run = CliRunner().invoke(app, ["miniature", str(path), "--seed", "0", *folders])
     assert run.exit_code == 0, run.output
-    result = json.loads((tmp_path / "out/small/seed-0/result.json").read_text())
+    result = json.loads((tmp_path / "results/small/seed-0.json").read_text())
     assert result["seed"] == 0
-    shown = CliRunner().invoke(
-        app, ["miniature", str(path), "--table", "--output", str(tmp_path / "out")]
+    assert (tmp_path / "out/small/seed-0/weights.safetensors").exists()
+    shown = CliRunner().invoke(app, ["miniature", str(path), "--table", *folders])
+    assert "## small" in shown.output
+
+
+# --- retrieval
+
+
+@torch.no_grad()
+def test_the_hit_rate_tells_which_reads_choose_the_key_s_block(tmp_path: Path) -> None:
+    """All three blocks are chosen where three are retrieved; no block of number 7 is there."""
+    path = tmp_path / "landmark.yaml"
+    memory = "{name: landmark, block: 16, retrieve: 3, layers: last}"
+    raw = yaml.safe_load(SMALL)
+    raw["model"] |= {"memory": yaml.safe_load(memory), "num_layers": 2}
+    raw["stages"] = raw["stages"][:1]
+    raw["stages"][0]["memory"] = {}
+    raw["check"] = {"lengths": [64], "prompts": 3}
+    path.write_text(yaml.safe_dump(raw))
+    miniature = load_miniature(path)
+    model = Learner(miniature, 0).model
+    reader = Reader(model, Blocks(16, 0, landmark=32), 3, 2)
+    keys = reader.blocks.keys(3)
+    state = reader.filler(reader.key(None, keys), 2)
+    for number, expected in ((0, True), (2, True), (7, False)):
+        answer = reader.ask(state, keys, number)
+        assert answer.found is not None
+        assert answer.found.shape == (3, 2, 4)
+        assert (answer.found == expected).all()
+    cells = check(model, miniature, lambda line: None).cells
+    assert [cell.found for cell in cells] == [12, 12, 12]  # of 3 prompts' 4 tokens
+
+
+# --- facts
+
+
+def facts_file(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "facts.yaml"
+    raw = yaml.safe_load(SMALL)
+    raw["name"] = "facts"
+    raw["model"]["memory"] = {"name": "hmt", "bank": 8, "sensory": 2, "search_dim": 4}
+    raw["stages"] = [{"recipe": "facts", "steps": 3, "blocks": 2}]
+    raw["check"] = {"lengths": [48, 96], "prompts": 5, "prompts_at_once": 3}
+    path.write_text(yaml.safe_dump(raw | changes))
+    return path
+
+
+def test_facts_are_trained_checked_and_shown(tmp_path: Path) -> None:
+    miniature = load_miniature(facts_file(tmp_path))
+    result = trainer.run_seed(miniature, 0, tmp_path, tmp_path, lambda line: None)
+    assert [cell["tokens"] for cell in result["cells"]] == [48, 96]
+    assert all(cell["prompts"] == 5 for cell in result["cells"])
+    text = report.table(tmp_path, [miniature])
+    assert "| 96 | 5 |" in text
+    assert "by uniform search, at 96 | 1 |" in text
+
+
+def test_the_search_s_loss_is_over_all_rows_but_hides_the_same_name() -> None:
+    scores = torch.tensor([[[0.0, 1.0], [2.0, 3.0]], [[0.0, 1.0], [2.0, 3.0]]]).log()
+    same = torch.zeros(2, 2, 2, dtype=torch.bool)
+    same[0, 0, 1] = same[0, 1, 0] = same[1, 1, 1] = True  # row 0's name is in row 1's block 0 too
+    told = facts.Recalled(
+        torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 2), torch.tensor([1, 1]), scores, same
     )
-    assert "### small" in shown.output
+    expected = -(math.log(1 / (0 + 1 + 3)) + math.log(3 / (0 + 1 + 2 + 3))) / 2
+    assert facts.search_loss(told).item() == pytest.approx(expected)
+
+
+def test_a_block_s_name_is_the_token_behind_its_key() -> None:
+    task = multi_fact_recall(np.random.default_rng(0), batch=5, segments=4, segment_len=16)
+    names = facts._names(torch.from_numpy(task.tokens[:, :-1]))
+    rows = torch.arange(5)
+    asked = torch.from_numpy(task.tokens[:, -1, 1])
+    assert torch.equal(names[rows, torch.from_numpy(task.gold)], asked)
+
+
+def test_facts_want_a_bank_that_holds_them_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="160 has 9 facts.* bank of 8; use at most 144"):
+        load_miniature(facts_file(tmp_path, check={"lengths": [160]}))
+
+
+def test_facts_want_a_memory_that_searches(tmp_path: Path) -> None:
+    model = yaml.safe_load(SMALL)["model"]
+    with pytest.raises(ConfigError, match="facts searches a bank, fam has none; use hmt"):
+        load_miniature(facts_file(tmp_path, model=model))

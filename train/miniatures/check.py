@@ -22,6 +22,7 @@ from train.miniatures.blocks import Blocks
 from train.miniatures.config import CheckSection, Miniature, landmark_of
 from train.miniatures.learner import grade, read
 from train.miniatures.progress import Say
+from train.miniatures.retrieval import found, retrieves
 from train.miniatures.states import num_bytes
 
 
@@ -33,6 +34,8 @@ class Cell(NamedTuple):
     prompts: int
     exact: int  # prompts with all four digits right
     digits: int  # right digits, of 4 * prompts
+    found: int | None = None  # of the 4 * prompts tokens that read digits: a head found the key
+    found_by_heads: float | None = None  # share of heads, over these tokens, that found it
 
 
 @dataclass
@@ -50,6 +53,39 @@ class Checked:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+class Answer(NamedTuple):
+    """What came of one question in each row."""
+
+    right: Tensor  # [rows, 4] bool: digits
+    found: Tensor | None  # [rows, heads, 4] bool: retrieval chose the key's block
+
+
+class Tally:
+    """What has been counted for one length and place."""
+
+    def __init__(self) -> None:
+        self.prompts = self.exact = self.digits = self.found = 0
+        self.reads: list[Tensor] = []
+
+    def add(self, answer: Answer) -> int:
+        """Count the rows of an answer; return how many are right."""
+        exact = int(answer.right.all(-1).sum())
+        self.prompts += len(answer.right)
+        self.exact += exact
+        self.digits += int(answer.right.sum())
+        if answer.found is not None:
+            self.found += int(answer.found.any(1).sum())
+            self.reads.append(answer.found.float().flatten())
+        return exact
+
+    def cell(self, tokens: int, place: str) -> Cell:
+        """Return the result."""
+        counts = (tokens, place, self.prompts, self.exact, self.digits)
+        if not self.reads:
+            return Cell(*counts)
+        return Cell(*counts, self.found, round(torch.cat(self.reads).mean().item(), 4))
+
+
 class Reader:
     """Streams of one model, side by side."""
 
@@ -62,11 +98,17 @@ class Reader:
         self.tokens += tokens.numel()
         return read(self.model, tokens, state)
 
+    def remember(self, tokens: Tensor, state: State) -> State:
+        """Return the state after blocks [rows, N, S]."""
+        self.tokens += tokens.numel()
+        starts = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        return self.model.read(tokens, starts, state)
+
     def filler(self, state: State, count: int) -> State:
         """Return the state after `count` blocks of filler."""
         while count > 0:
             now = min(count, self.at_once)
-            _, state = self.read(self.blocks.filler(self.rows, now), state)
+            state = self.remember(self.blocks.filler(self.rows, now), state)
             count -= now
         return state
 
@@ -74,45 +116,47 @@ class Reader:
         """Return the state after a block with the key."""
         tokens = self.blocks.filler(self.rows)
         self.blocks.put_keys(tokens[:, 0], keys)
-        return self.read(tokens, state)[1]
+        return self.remember(tokens, state)
 
-    def ask(self, state: State, keys: Tensor) -> Tensor:
-        """Return which digits [rows, 4] are right."""
-        logits, _ = self.read(self.blocks.questions(keys), state)
-        return grade(self.blocks.answers(logits), keys)[1]
+    def ask(self, state: State, keys: Tensor, key_block: int) -> Answer:
+        """Return what came of the question; key_block: the key's, counted from the first."""
+        question = self.blocks.questions(keys)
+        hits = None
+        if retrieves(self.model):
+            hits = found(self.model, self.blocks, question, state, key_block)
+        logits, _ = self.read(question, state)
+        return Answer(grade(self.blocks.answers(logits), keys)[1], hits)
 
 
 def check(model: Decoder, miniature: Miniature, say: Say) -> Checked:
     """Return exact match and digits by length and place."""
     section, segment_len = miniature.check, miniature.segment_len
-    result, counted = Checked(), dict[tuple[int, str], list[int]]()
+    result, tallies = Checked(), dict[tuple[int, str], Tally]()
     began = time.process_time()
     lengths = sorted(length // segment_len for length in section.lengths)
     with torch.inference_mode():
         for part, rows in enumerate(_parts(section)):
             blocks = Blocks(segment_len, section.seed + part, landmark_of(miniature))
             reader = Reader(model, blocks, rows, section.blocks_at_once)
-            for count, place, right in _answers(reader, lengths, section, result):
-                here = counted.setdefault((count * segment_len, place), [0, 0, 0])
-                exact = int(right.all(-1).sum())
-                for i, more in enumerate((rows, exact, int(right.sum()))):
-                    here[i] += more
+            for count, place, answer in _answers(reader, lengths, section, result):
+                tally = tallies.setdefault((count * segment_len, place), Tally())
+                exact = tally.add(answer)
                 seconds = time.process_time() - began
                 say(f"{count * segment_len} {place}: {exact} of {rows}, {seconds:.0f} CPU s")
             result.tokens += reader.tokens
     result.seconds = time.process_time() - began
-    result.cells = [Cell(*where, *numbers) for where, numbers in sorted(counted.items())]
+    result.cells = [tally.cell(*where) for where, tally in sorted(tallies.items())]
     return result
 
 
 def _answers(
     reader: Reader, lengths: list[int], section: CheckSection, result: Checked
-) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield (blocks, place, right digits) of every length and place."""
+) -> Iterator[tuple[int, str, Answer]]:
+    """Yield (blocks, place, answer) of every length and place."""
     if "start" in section.places:
         for count, state, keys in _from_start(reader, lengths):
             result.state_bytes[count * reader.blocks.length] = num_bytes(state) // reader.rows
-            yield count, "start", reader.ask(state, keys)
+            yield count, "start", reader.ask(state, keys, 0)
     # The key-free stream stops before a length's middle block, and before its last but one.
     stops = [(count - 2, count, "end") for count in lengths if "end" in section.places]
     stops += [(count // 2, count, "middle") for count in lengths if "middle" in section.places]
@@ -121,7 +165,7 @@ def _answers(
         state, at = reader.filler(state, stop - at), stop
         keys = reader.blocks.keys(reader.rows)
         after = reader.filler(reader.key(state, keys), count - stop - 2)
-        yield count, place, reader.ask(after, keys)
+        yield count, place, reader.ask(after, keys, stop)
 
 
 def _from_start(reader: Reader, lengths: list[int]) -> Iterator[tuple[int, State, Tensor]]:

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from data.tasks import PASSKEY_VOCAB
+from data.tasks import PASSKEY_VOCAB, vocab_size
 from model.config import ModelConfig
-from train.memories import to_memory_config
+from train.memories import HmtMemory, to_memory_config
 from train.problems import ConfigError
 from train.sections import ModelSection, RunName
 from train.units import (
@@ -33,6 +33,9 @@ from train.units import (
 
 MAX_BLOCKS = 5
 """Blocks that one training sample spans with gradient, the question's own among them."""
+
+NAMES = 64
+"""Names that facts are told apart by: no document has more facts."""
 
 Changes = dict[str, Any]
 """Keys of model.memory with other values; its name stays."""
@@ -63,6 +66,11 @@ class CurriculumStage(StageSection):
         default=0.0,
         description="Length amplification, for memories whose writes add up: each filler block"
         " counts as c blocks, log c uniform in [0, a], and a rises to this. 0 is off.",
+    )
+    plain: Probability = Field(
+        default=0.0,
+        description="Share of rows without amplification: where all rows have it, short documents"
+        " are unlearned.",
     )
 
 
@@ -98,7 +106,28 @@ class PoolStage(StageSection):
     )
 
 
-Stage = Annotated[CurriculumStage | PoolStage, Field(discriminator="recipe")]
+class FactsStage(StageSection):
+    """One fact a block, first one, then more; the question is about one of them (hmt)."""
+
+    recipe: Literal["facts"] = Field(description="Which recipe: facts.")
+    blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS - 1)] = Field(
+        default=MAX_BLOCKS - 1, description="Most facts before the question's block."
+    )
+    first: Annotated[int, Field(ge=1)] = Field(default=1, description="Facts at first.")
+    block_len: TokenLength | None = Field(
+        default=None,
+        description="Tokens of a block in this stage; left out, segment_len. In short ones the"
+        " search learns in 200 steps what it does not find in 1000 of 64 tokens.",
+    )
+    search_loss: NonNegative = Field(
+        default=1.0,
+        description="Weight of the search's own loss, which tells it the block that was asked for"
+        " among those of all rows. 0 leaves the search to the answer's gradient, which hardly"
+        " reaches it.",
+    )
+
+
+Stage = Annotated[CurriculumStage | PoolStage | FactsStage, Field(discriminator="recipe")]
 
 
 class CheckSection(Section):
@@ -151,6 +180,11 @@ class Miniature(Section):
     check: CheckSection = Field(default_factory=CheckSection, description="The check.")
     paper: PaperSection = Field(description="The result that this stands beside.")
 
+    @property
+    def facts(self) -> bool:
+        """Whether the task is one fact a block, instead of one key in filler."""
+        return isinstance(self.stages[0], FactsStage)
+
 
 def load_miniature(path: str | Path) -> Miniature:
     """Return the miniature in a YAML file, every stage's memory checked.
@@ -179,10 +213,16 @@ def model_config(miniature: Miniature, changes: Mapping[str, Any] | None = None)
     known = {field.name for field in fields(ModelConfig)} - {"memory", "vocab_size", "head_dim"}
     return ModelConfig(
         **{name: getattr(section, name) for name in known},
-        vocab_size=section.vocab_size or PASSKEY_VOCAB + (landmark_of(miniature) is not None),
+        vocab_size=section.vocab_size or _vocab_size(miniature),
         head_dim=section.head_dim or section.hidden_size // section.num_heads,
         memory=to_memory_config(memory),
     )
+
+
+def _vocab_size(miniature: Miniature) -> int:
+    if miniature.facts:
+        return vocab_size(NAMES)
+    return PASSKEY_VOCAB + (landmark_of(miniature) is not None)
 
 
 def landmark_of(miniature: Miniature) -> int | None:
@@ -207,6 +247,7 @@ def _problems(miniature: Miniature) -> list[str]:
             problems += [f"{where}.memory.{line}" for line in _lines(error)]
         except ValueError as error:
             problems.append(f"{where}.memory: {error}")
+    problems += _fact_problems(miniature)
     unit = miniature.segment_len
     for length in miniature.check.lengths:
         if length % unit or length < 3 * unit:
@@ -214,4 +255,23 @@ def _problems(miniature: Miniature) -> list[str]:
                 f"check.lengths: {length} is not 3 or more blocks of segment_len={unit};"
                 f" use {max(3, round(length / unit)) * unit}"
             )
+    return problems
+
+
+def _fact_problems(miniature: Miniature) -> list[str]:
+    kinds = {isinstance(stage, FactsStage) for stage in miniature.stages}
+    if kinds == {False}:
+        return []
+    problems, memory = [], miniature.model.memory
+    if len(kinds) > 1:
+        problems.append("stages: facts and other recipes are two tasks; use one of them")
+    most = max(miniature.check.lengths) // miniature.segment_len - 1
+    if not isinstance(memory, HmtMemory):
+        problems.append(f"stages: facts searches a bank, {memory.name} has none; use hmt")
+    elif most > min(NAMES, memory.bank):
+        problems.append(
+            f"check.lengths: {max(miniature.check.lengths)} has {most} facts, and there are {NAMES}"
+            f" names and a bank of {memory.bank}; use at most"
+            f" {(min(NAMES, memory.bank) + 1) * miniature.segment_len}, or a larger bank"
+        )
     return problems

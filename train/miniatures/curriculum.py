@@ -68,7 +68,9 @@ def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
     for step in range(stage.steps):
         keys, places = blocks.keys(rows), difficulty.draw(blocks, rows)
         tokens = sample(blocks, keys, places, difficulty.distance)
-        weights = amplification(blocks, places, difficulty.distance, difficulty.amplify)
+        weights = amplification(
+            blocks, places, difficulty.distance, difficulty.amplify, stage.plain
+        )
         logits, _ = learner.read(tokens, weights=weights)
         loss, right = grade(blocks.answers(logits), keys)
         learner.learn(loss)
@@ -95,13 +97,17 @@ def sample(blocks: Blocks, keys: Tensor, places: Tensor, distance: int) -> Tenso
     return tokens
 
 
-def amplification(blocks: Blocks, places: Tensor, distance: int, most: float) -> Tensor | None:
+def amplification(
+    blocks: Blocks, places: Tensor, distance: int, most: float, plain: float = 0.0
+) -> Tensor | None:
     """Return the log weights [rows, distance + 1] of a sample's writes; None where all are 0.
 
     A filler block stands for c like it, log c uniform in [0, most]: exact for a memory that adds up
-    what stationary filler writes. The key's block (places [rows]) stands for itself.
+    what stationary filler writes. The key's block (places [rows]) stands for itself. plain: the
+    share of rows in which every block does.
     """
     if most == 0:
         return None
     weights = most * blocks.uniform(len(places), distance + 1)
+    weights[: round(plain * len(places))] = 0.0  # keys and places are drawn alike for all rows
     return weights.scatter(1, places.unsqueeze(1), 0.0)

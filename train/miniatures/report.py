@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.miniatures.config import Miniature
-from train.miniatures.trainer import RESULT
 
 PLACES = ("start", "middle", "end")
 
@@ -35,24 +34,34 @@ def wilson(right: int, of: int) -> Interval:
 
 def load_results(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the finished seeds of a miniature, by seed."""
-    paths = sorted((folder / name).glob(f"seed-*/{RESULT}"))
+    paths = (folder / name).glob("seed-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return sorted(results, key=lambda result: int(result["seed"]))
+
+
+TITLE = """# The miniatures in numbers
+
+Printed by `longhaul miniature configs/miniatures/*.yaml --table`, from the results of each seed
+beside this file; what they say, and what they do not, is in docs/results.md.
+"""
 
 
 def table(folder: Path, miniatures: Iterable[Miniature]) -> str:
     """Return markdown: a summary of all, then each miniature's lengths, places and seeds."""
     found = [(m, load_results(folder, m.name)) for m in miniatures]
-    parts = [_summary(found)]
-    parts += [_details(m, results) for m, results in found if results]
+    parts = [TITLE, _summary(found)]
+    for miniature, results in found:
+        if results:
+            details = _facts if miniature.facts else _details
+            parts.append(details(miniature, results))
     return "\n".join(parts)
 
 
 def _summary(found: list[tuple[Miniature, list[dict[str, Any]]]]) -> str:
     lines = [
-        "| miniature | the paper | here: exact match at the longest length, start / middle / end"
-        " (median of seeds) | seeds | trained on | CPU min | parameters | state bytes |"
-        " tokens/s | what differs |",
+        "| miniature | the paper | here, at the longest length (median of seeds): exact match with"
+        " the key at start / middle / end | seeds | trained on | CPU min | parameters |"
+        " state bytes | tokens/s | what differs |",
         "|" + " --- |" * 10,
     ]
     for miniature, results in found:
@@ -61,7 +70,10 @@ def _summary(found: list[tuple[Miniature, list[dict[str, Any]]]]) -> str:
             lines.append(f"{head} not run | 0 | | | | | | {paper.differs} |")
             continue
         longest = max(cell["tokens"] for cell in results[0]["cells"])
-        medians = " / ".join(_share(_median(results, longest, place)) for place in PLACES)
+        shares = (_shares(results, longest, place) for place in PLACES)
+        medians = " / ".join(_share(_median(share)) for share in shares)
+        if miniature.facts:
+            medians = _answers(results, longest)
         minutes = statistics.median(result["train_cpu_s"] for result in results) / 60
         speed = statistics.median(result["tokens_per_s"] for result in results)
         lines.append(
@@ -73,13 +85,55 @@ def _summary(found: list[tuple[Miniature, list[dict[str, Any]]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _answers(results: list[dict[str, Any]], tokens: int) -> str:
+    """Return the summary of multi-fact recall."""
+    cells = [c for result in results for c in result["cells"] if c["tokens"] == tokens]
+    medians = [
+        _share(statistics.median(c[key] / c["prompts"] for c in cells))
+        for key in ("exact", "found", "uniform")
+    ]
+    return "answered {}, gold block found {}; {} answered by uniform search,".format(*medians)
+
+
+def _facts(miniature: Miniature, results: list[dict[str, Any]]) -> str:
+    """Return the table of multi-fact recall: a row for each length, a column for each seed."""
+    lines = [
+        f"## {miniature.name}",
+        "",
+        "One fact in every block but the last: answered, of all prompts of all seeds with its 95 %"
+        " interval; and of each seed: answered / gold block has the most weight / answered where"
+        " the search weighs all blocks alike (mean weight of the gold block).",
+        "",
+        "| tokens | facts | all seeds |" + "".join(f" seed {r['seed']} |" for r in results),
+        "|" + " --- |" * (3 + len(results)),
+    ]
+    by_seed = [{c["tokens"]: c for c in result["cells"]} for result in results]
+    for tokens in sorted({tokens for cells in by_seed for tokens in cells}):
+        cells = [found for cells in by_seed if (found := cells.get(tokens))]
+        shown = [
+            " / ".join(_share(c[key] / c["prompts"]) for key in ("exact", "found", "uniform"))
+            + f" ({c['weight']:.2f})"
+            for c in cells
+        ]
+        pooled = wilson(sum(c["exact"] for c in cells), sum(c["prompts"] for c in cells))
+        facts = tokens // miniature.segment_len - 1
+        lines.append(
+            f"| {tokens:,} | {facts} | {_interval(pooled)} |" + "".join(f" {s} |" for s in shown)
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.share:.3f} ({interval.low:.2f} to {interval.high:.2f})"
+
+
 def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
     """Return one miniature's table: a row for each length and place, a column for each seed."""
     lines = [
-        f"### {miniature.name}",
+        f"## {miniature.name}",
         "",
         "Exact match of four digits, of all prompts of all seeds with its 95 % interval, and of"
-        " each seed (digits right in brackets).",
+        " each seed (digits right in brackets)." + _about_hits(results),
         "",
         "| tokens | key at | all seeds |" + "".join(f" seed {r['seed']} |" for r in results),
         "|" + " --- |" * (3 + len(results)),
@@ -91,8 +145,8 @@ def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
         prompts = sum(cell["prompts"] for cell in cells if cell)
         all_seeds = wilson(sum(cell["exact"] for cell in cells if cell), prompts)
         lines.append(
-            f"| {tokens:,} | {place} | {all_seeds.share:.3f} ({all_seeds.low:.2f} to"
-            f" {all_seeds.high:.2f}) |" + "".join(f" {_cell(cell)} |" for cell in cells)
+            f"| {tokens:,} | {place} | {_interval(all_seeds)} |"
+            + "".join(f" {_cell(cell)} |" for cell in cells)
         )
     return "\n".join(lines) + "\n"
 
@@ -122,13 +176,26 @@ def plot(folder: Path, miniatures: Iterable[Miniature], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _median(results: list[dict[str, Any]], tokens: int, place: str) -> float:
-    shares = [
+def _about_hits(results: list[dict[str, Any]]) -> str:
+    """Return what the hit rate is, where there is one."""
+    if not any(cell.get("found") is not None for result in results for cell in result["cells"]):
+        return ""
+    return (
+        " hit: share of the tokens that read a digit for which a head retrieved the key's block;"
+        " behind it the mean share of heads that did."
+    )
+
+
+def _shares(results: list[dict[str, Any]], tokens: int, place: str) -> list[float]:
+    return [
         cell["exact"] / cell["prompts"]
         for result in results
         for cell in result["cells"]
-        if cell["tokens"] == tokens and cell["place"] == place
+        if cell["tokens"] == tokens and cell.get("place") == place
     ]
+
+
+def _median(shares: list[float]) -> float:
     return statistics.median(shares) if shares else math.nan
 
 
@@ -139,7 +206,10 @@ def _share(value: float) -> str:
 def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
-    return f"{cell['exact'] / cell['prompts']:.2f} ({cell['digits'] / cell['prompts'] / 4:.2f})"
+    prompts, hit = cell["prompts"], ""
+    if cell.get("found") is not None:
+        hit = f", hit {cell['found'] / prompts / 4:.2f} / {cell['found_by_heads']:.2f}"
+    return f"{cell['exact'] / prompts:.2f} ({cell['digits'] / prompts / 4:.2f}){hit}"
 
 
 def _bytes(sizes: dict[str, int]) -> str:

@@ -1,7 +1,8 @@
 """From a miniature and a seed to a result on disk; finished seeds are not run again.
 
-A seed's folder gets `weights.safetensors` after the training and `result.json` after the check. A
-run that was killed in between begins that seed's training, or only its check, anew.
+A seed's folder gets `weights.safetensors` after the training; its result, small enough to be
+committed, is a file of another folder, after the check. A run that was killed in between begins
+that seed's training, or only its check, anew.
 """
 
 from __future__ import annotations
@@ -19,25 +20,31 @@ from safetensors.torch import load_file, save_file
 from model.decoder import Decoder
 from model.init import count_parameters
 from train.miniatures.check import Checked, check
-from train.miniatures.config import CurriculumStage, Miniature
+from train.miniatures.config import CurriculumStage, FactsStage, Miniature
 from train.miniatures.curriculum import run_curriculum
+from train.miniatures.facts import FactsChecked, check_facts, run_facts
 from train.miniatures.learner import Learner, with_memory
 from train.miniatures.pools import run_pools
 from train.miniatures.progress import Say
 
-RESULT, WEIGHTS, TRAINING = "result.json", "weights.safetensors", "training.json"
+WEIGHTS, TRAINING = "weights.safetensors", "training.json"
 
 
-def run_seed(miniature: Miniature, seed: int, folder: Path, say: Say) -> dict[str, Any]:
-    """Return the result of one seed, from `folder` where it is finished.
+def run_seed(
+    miniature: Miniature, seed: int, folder: Path, results: Path, say: Say
+) -> dict[str, Any]:
+    """Return the result of one seed, from `results` where it is finished.
+
+    folder: where its training is kept; results: the folder of every miniature's results.
 
     Raises:
-        ValueError: the folder holds a result of another configuration.
+        ValueError: there is a result of another configuration.
     """
     config = miniature.model_dump(mode="json", exclude={"seeds", "paper"})
-    done = _read(folder / RESULT, config)
+    path = result_path(results, miniature.name, seed)
+    done = _read(path, config)
     if done is not None:
-        say(f"{folder}: finished before")
+        say(f"{path}: finished before; to run it again give another --results")
         return done
     folder.mkdir(parents=True, exist_ok=True)
     trained = _read(folder / TRAINING, _training_part(config))
@@ -51,11 +58,20 @@ def run_seed(miniature: Miniature, seed: int, folder: Path, say: Say) -> dict[st
             "parameters": count_parameters(model.config),  # without the vocabulary's padding
         }
         _write(folder / TRAINING, trained)
-    checked = check(restored(miniature, folder / WEIGHTS), miniature, say)
+    model = restored(miniature, folder / WEIGHTS)
     result = {**trained, "config": config, "name": miniature.name, "seed": seed}
-    result |= _as_json(checked)
-    _write(folder / RESULT, result)
+    if miniature.facts:
+        result |= _facts_as_json(check_facts(model, miniature, say))
+    else:
+        result |= _as_json(check(model, miniature, say))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, result)
     return result
+
+
+def result_path(results: Path, name: str, seed: int) -> Path:
+    """Return where a seed's result is."""
+    return results / name / f"seed-{seed}.json"
 
 
 def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, float]:
@@ -69,6 +85,8 @@ def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, float]:
         learner.begin(stage)
         if isinstance(stage, CurriculumStage):
             run_curriculum(learner, stage, told)
+        elif isinstance(stage, FactsStage):
+            run_facts(learner, stage, told)
         else:
             run_pools(learner, stage, told)
     return learner.model, time.process_time() - began
@@ -97,6 +115,17 @@ def _as_json(checked: Checked) -> dict[str, Any]:
     }
 
 
+def _facts_as_json(checked: FactsChecked) -> dict[str, Any]:
+    return {
+        "cells": [cell._asdict() for cell in checked.cells],
+        "state_bytes": {},
+        "check_tokens": checked.tokens,
+        "check_cpu_s": round(checked.seconds, 1),
+        "tokens_per_s": round(checked.tokens / checked.seconds),
+        "torch": torch.__version__,
+    }
+
+
 def _read(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -104,7 +133,7 @@ def _read(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if differ := list(_differences(found["config"], config)):
         raise ValueError(
             f"{path} was made by another configuration (it differs in {', '.join(differ)});"
-            " remove that folder, or give another --output"
+            " remove it, or give another --output and --results"
         )
     return found
 
