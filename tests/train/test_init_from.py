@@ -399,9 +399,7 @@ def test_another_rotary_base_is_told(tmp_path: Path, shards: Shards, base: Path)
 
 def test_a_landmark_is_one_token_more(tmp_path: Path, shards: Shards, base: Path) -> None:
     memory = {"name": "landmark", "block": 8}
-    inputs = open_inputs(
-        validate(tuned(tmp_path / "run", shards, base, model__memory=memory)), world_size=1
-    )
+    inputs = open_inputs(validate(tuned(tmp_path / "run", shards, base, model__memory=memory)))
     assert inputs.start is not None
 
 
