@@ -146,7 +146,7 @@ class Landmark(Layered):
         """Return the memory of one block: of the lower ones none, where only the top has one."""
         if self.all_layers or layer == config.num_layers - 1:
             return super().mixer(config, linears, layer)
-        return LocalMixer({}, config.rope_base, self.kernel)
+        return LocalMixer({}, config, self.kernel)
 
     def made_of(self, config: ModelConfig) -> dict[str, PartMemory]:
         """Return the store of blocks, if any are retrieved."""
