@@ -21,9 +21,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from parallel.tensor import Cut
-from train.checkpoint import Manifest, verify
-from train.saver import Saver
-from train.stored import Part, Stored
+from train.checkpoints.folder import Manifest, verify
+from train.checkpoints.saver import Saver
+from train.checkpoints.stored import Part, Stored
 
 ROUNDS = 5
 WIDTH = 1024

@@ -11,7 +11,7 @@ import time
 import torch
 
 from model.config import FamMemory, MemoryConfig, WindowMemory
-from train.passkey import recall, train_passkey
+from train.evaluation.passkey import recall, train_passkey
 
 MEMORIES: dict[str, MemoryConfig] = {
     "window 1": WindowMemory(1),

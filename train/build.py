@@ -20,8 +20,8 @@ from parallel.ring import choose_exchange
 from parallel.slicing import layout_of
 from parallel.tensor import MegatronLinears, cut_of, sum_scattered_gradients
 from parallel.zero import ZeroEngine
-from train.config import Config
-from train.memories import to_memory_config
+from train.settings.config import Config
+from train.settings.memories import to_memory_config
 
 
 class Built(NamedTuple):

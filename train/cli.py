@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from train.checkpoint_cli import checkpoint
-from train.data_cli import data
-from train.export_cli import export_model
-from train.generate_cli import ChangesOption, generate
-from train.import_cli import import_model
-from train.miniature_cli import miniature
-from train.provenance import PACKAGES, check_provenance
+from train.commands.checkpoint import checkpoint
+from train.commands.data import data
+from train.commands.export import export_model
+from train.commands.generate import ChangesOption, generate
+from train.commands.import_model import import_model
+from train.commands.miniature import miniature
+from train.starting.provenance import PACKAGES, check_provenance
 
 app = typer.Typer(
     name="longhaul",
@@ -176,7 +176,7 @@ def pretrain(
 
     Next: `longhaul evaluate runs/<name>`, or look at MLflow; `longhaul config` explains keys.
     """  # noqa: D301
-    from train.config import load
+    from train.settings.config import load
 
     config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if fresh and fork is not None:
@@ -224,8 +224,8 @@ def config(
     """  # noqa: D301
     import json
 
-    from train.config import dump, load
-    from train.config import schema as config_schema
+    from train.settings.config import dump, load
+    from train.settings.config import schema as config_schema
 
     if schema:
         typer.echo(json.dumps(config_schema(), indent=2))
@@ -334,7 +334,7 @@ def evaluate(
     from train.quiet import quieten_libraries
 
     quieten_libraries()
-    from train.evaluate import Tasks, run
+    from train.evaluation.evaluate import Tasks, run
 
     code = run(
         checkpoint,
@@ -403,7 +403,7 @@ def _listed(text: str | None) -> list[str]:
 
 
 def _token_option(option: str, text: str) -> int:
-    from train.units import parse_tokens
+    from train.settings.units import parse_tokens
 
     try:
         return parse_tokens(text)

@@ -17,8 +17,8 @@ from data.passes import Int64Array
 from data.remote import Remote
 from data.streams import Streams
 from data.wide import WideCorpus
-from train.config import Config, ConfigError
 from train.reading import choose_reading
+from train.settings.config import Config, ConfigError
 
 Training: TypeAlias = Corpus | WideCorpus | Mixture
 

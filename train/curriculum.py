@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from train.config import Config
+from train.settings.config import Config
 
 
 def segment_limit(config: Config, step: int) -> int | None:

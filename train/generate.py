@@ -30,10 +30,10 @@ from model.homer import merge_context, plan_merge, truncated
 from model.memory.base import named_tensors
 from model.sampling import Sampler, Sampling
 from model.stream import Stream
-from train.config import Config
+from train.checkpoints.snapshot import read_model
 from train.huggingface.tokenizer_files import TOKENIZER, imported_home
 from train.remote import open_remote
-from train.snapshot import read_model
+from train.settings.config import Config
 
 PIECE_CHARACTERS = 1 << 20
 """Text read at once; at most this much of a prompt is held, whatever its length."""

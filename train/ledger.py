@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from data.ledger import FOLDER, Header, Ledger, NoLedger, next_attempt
 from parallel.mesh import Mesh
-from train.config import Config
+from train.settings.config import Config
 
 
 def open_ledger(config: Config, mesh: Mesh, position: int, data: str) -> Ledger | NoLedger:

@@ -21,24 +21,24 @@ from model.config import ModelConfig
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
-from train.config import Config, dump
 from train.corpora import Course, start_course
-from train.describe import describe_run
-from train.fork import read_parent
-from train.held_out import HeldOut, count_parameters, count_trained
-from train.init_from import Start, describe_start, take_weights, verify_together
-from train.inputs import Inputs
+from train.evaluation.held_out import HeldOut, count_parameters, count_trained
 from train.ledger import open_ledger
 from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
-from train.progress import Progress, Status
 from train.reading import choose_reading, model_vocab_size
-from train.resume import RunFolder
+from train.settings.config import Config, dump
 from train.signals import StopRequest
-from train.start import agree_on, open_run
-from train.summary import plot, summarise
-from train.tracker import NoTracker, Tracker
-from train.tracker import Status as EndStatus
+from train.starting.fork import read_parent
+from train.starting.init_from import Start, describe_start, take_weights, verify_together
+from train.starting.inputs import Inputs
+from train.starting.resume import RunFolder
+from train.starting.start import agree_on, open_run
+from train.tracking.describe import describe_run
+from train.tracking.progress import Progress, Status
+from train.tracking.summary import plot, summarise
+from train.tracking.tracker import NoTracker, Tracker
+from train.tracking.tracker import Status as EndStatus
 
 
 def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = None) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data.landmarks import insert_landmarks, regular_len
 from data.streams import Batch
-from train.config import Config
-from train.memories import LandmarkMemory, find_memory
+from train.settings.config import Config
+from train.settings.memories import LandmarkMemory, find_memory
 
 
 class Reading(NamedTuple):

@@ -7,7 +7,7 @@ import sys
 
 from data.cache import Cache
 from data.remote import Patience, Remote
-from train.config import Config
+from train.settings.config import Config
 
 
 def open_remote(config: Config) -> Remote | None:

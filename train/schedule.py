@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from train.sections import TrainSection
+from train.settings.sections import TrainSection
 
 
 def learning_rate(train: TrainSection, step: int) -> float:

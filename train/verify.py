@@ -10,7 +10,7 @@ import numpy as np
 
 from data.history import History, Range, ranges, read_history
 from data.ledger import FOLDER
-from train.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
+from train.checkpoints.folder import BadCheckpoint, list_checkpoints, read_manifest
 
 
 class Finding(NamedTuple):

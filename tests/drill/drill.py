@@ -33,8 +33,8 @@ from tests.train.attempts import (
 )
 from tests.train.faults import Fault, applicable
 from tests.train.tiny import LANES, Shards, tiny
-from train.config import Config, validate
-from train.manifest import list_checkpoints, step_of
+from train.checkpoints.manifest import list_checkpoints, step_of
+from train.settings.config import Config, validate
 from train.verify import verify as verify_runs
 
 STEPS = 40

@@ -52,7 +52,9 @@ def test_a_job_survives_its_time_limit(script: Path) -> None:
 
 
 def test_the_8b_script_starts_the_configured_number_of_ranks() -> None:
-    config = pytest.importorskip("train.config").load(ROOT / "configs" / "pretrain_8b.yaml")
+    config = pytest.importorskip("train.settings.config").load(
+        ROOT / "configs" / "pretrain_8b.yaml"
+    )
     script = ROOT / "slurm" / "pretrain_8b.sh"
     options = sbatch_options(script)
     text = script.read_text()

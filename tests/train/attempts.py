@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.train.runs import ROOT, write
-from train.config import Config
+from train.settings.config import Config
 
 TIMEOUT_S = 240
 """Of one attempt: far more than any takes."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from train.config import ConfigError, validate
+from train.settings.config import ConfigError, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from train.checkpoint import Manifest
-from train.saver import Saver
+from train.checkpoints.folder import Manifest
+from train.checkpoints.saver import Saver
 
 
 def manifest_of(step: int) -> Manifest:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.train.runs import small
-from train.config import validate
-from train.manifest import Manifest, values_hash
+from train.checkpoints.manifest import Manifest, values_hash
+from train.settings.config import validate
 
 
 def store(folder: Path, step: int, *, ranks: int = 2, **settings: Any) -> Path:

@@ -34,8 +34,8 @@ from tests.ranks import run_ranks
 from tests.train.runs import small
 from tests.train.tiny import FAM, Shards, build_tiny, tiny_config
 from train.build import build, make_optimizer, to_compute_config, to_model_config
-from train.config import Config, validate
-from train.memories import IN_TURN, MEMORY_CONFIGS, Named
+from train.settings.config import Config, validate
+from train.settings.memories import IN_TURN, MEMORY_CONFIGS, Named
 
 UNUSUAL: dict[str, Any] = {
     "vocab_size": 999,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tests.train.saves import saved
 from tests.train.tiny import Shards, build_tiny, tiny
-from train.checkpoint import (
+from train.checkpoints.folder import (
     BadCheckpoint,
     choose_checkpoint,
     find_newest_good,
@@ -24,11 +24,11 @@ from train.checkpoint import (
     set_aside_after,
     verify,
 )
-from train.config import Config, validate
+from train.checkpoints.snapshot import read_model
+from train.checkpoints.stored import Stored
 from train.loop import TrainState
-from train.resume import RunFolder
-from train.snapshot import read_model
-from train.stored import Stored
+from train.settings.config import Config, validate
+from train.starting.resume import RunFolder
 
 pytestmark = pytest.mark.gloo
 

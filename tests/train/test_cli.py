@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tests.train.runs import longhaul, small, write
-from train.config import load, validate
-from train.resume import set_aside
+from train.settings.config import load, validate
+from train.starting.resume import set_aside
 
 # runs a command line with the module that another part owns replaced, and prints its call
 _STUBBED = """
@@ -204,7 +204,7 @@ def test_prepares_complaints_have_no_traceback(tmp_path: Path) -> None:
 def test_evaluate_passes_its_options_on() -> None:
     source = _STUBBED.replace("module.run = run", "module.run, module.Tasks = run, dict_of")
     source = source.replace("def run(", "def dict_of(*a, **o):\n    return (a, o)\ndef run(")
-    code = source.format(name="train.evaluate")
+    code = source.format(name="train.evaluation.evaluate")
     words = [
         "--memory",
         "off",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.confidence import Share, paired_difference, share, verdict
+from train.evaluation.confidence import Share, paired_difference, share, verdict
 
 
 def trials(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:

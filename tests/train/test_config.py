@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.train.runs import ROOT, SMALL, problems, small, write
-from train.config import (
+from train.settings.config import (
     ConfigError,
     Override,
     apply_overrides,
@@ -21,7 +21,7 @@ from train.config import (
     schema,
     validate,
 )
-from train.memories import MEMORY_CONFIGS
+from train.settings.memories import MEMORY_CONFIGS
 
 # overrides
 

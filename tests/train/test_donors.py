@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.streams import Streams
-from train.donors import Lanes, bytes_per_stream, exchange, has_window_and_more
+from train.evaluation.donors import Lanes, bytes_per_stream, exchange, has_window_and_more
 
 
 class Window(NamedTuple):

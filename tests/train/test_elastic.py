@@ -8,9 +8,9 @@ import pytest
 from tests.ranks import run_ranks
 from tests.train.test_every_memory import MEMORIES
 from tests.train.tiny import Shards, build_tiny, read_steps, tiny
-from train.config import validate
 from train.loop import train_steps
-from train.resume import RunFolder
+from train.settings.config import validate
+from train.starting.resume import RunFolder
 
 pytestmark = pytest.mark.gloo
 

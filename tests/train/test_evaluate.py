@@ -11,8 +11,8 @@ import pytest
 from data.index import Corpus
 from tests.train.runs import small
 from tests.train.test_measure import MEMORIES, VOCAB, S, corpus, make_model, write_documents
-from train.config import validate
-from train.evaluate import Tasks, run
+from train.evaluation.evaluate import Tasks, run
+from train.settings.config import validate
 
 __all__ = ["corpus"]  # a fixture
 
@@ -26,8 +26,10 @@ def use_model(monkeypatch: pytest.MonkeyPatch, name: str, valid: Path | None) ->
     )
     found = (make_model(MEMORIES[name]), validate(raw))
     manifest = SimpleNamespace(step=7)
-    monkeypatch.setattr("train.checkpoint.choose_checkpoint", lambda folder: (folder, manifest))
-    monkeypatch.setattr("train.snapshot.load_model", lambda folder, manifest, *_: found)
+    monkeypatch.setattr(
+        "train.checkpoints.folder.choose_checkpoint", lambda folder: (folder, manifest)
+    )
+    monkeypatch.setattr("train.checkpoints.snapshot.load_model", lambda folder, manifest, *_: found)
 
 
 def test_the_command_measures_three_ways_and_writes_what_it_found(
@@ -112,8 +114,8 @@ def test_tasks_are_asked_before_the_loss_and_shown_after(
         asked.update(options)
         return [Result("passkey", (cell(64, 0.5), cell(128, 0.5)), "no")]
 
-    monkeypatch.setattr("train.questions.run_tasks", run_tasks)
-    monkeypatch.setattr("train.questions.describe", lambda result: "said in words")
+    monkeypatch.setattr("train.evaluation.questions.run_tasks", run_tasks)
+    monkeypatch.setattr("train.evaluation.questions.describe", lambda result: "said in words")
     monkeypatch.setattr("data.index.Corpus.tokenizer", lambda self: None)
     monkeypatch.setattr("data.tasks.corpus_texts", lambda corpus, tokens: ["text"])
     tasks = Tasks(["passkey", "facts"], lengths=[64, 128], prompts=5)

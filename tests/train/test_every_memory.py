@@ -13,14 +13,14 @@ from tests.compare import assert_each
 from tests.ranks import run_ranks
 from tests.train.tiny import Shards, build_tiny, masters, read_steps, tiny
 from train.build import Built
-from train.config import Config, ConfigError, validate
-from train.held_out import HeldOut
-from train.inputs import Inputs, open_inputs
+from train.checkpoints.snapshot import read_model
+from train.evaluation.held_out import HeldOut
 from train.loop import StepResult, TrainState, train_steps
-from train.memories import MEMORY_CONFIGS
-from train.resume import RunFolder
-from train.snapshot import read_model
-from train.tracker import NoTracker
+from train.settings.config import Config, ConfigError, validate
+from train.settings.memories import MEMORY_CONFIGS
+from train.starting.inputs import Inputs, open_inputs
+from train.starting.resume import RunFolder
+from train.tracking.tracker import NoTracker
 
 pytestmark = pytest.mark.gloo
 

@@ -22,10 +22,10 @@ from tests.ranks import run_ranks
 from tests.train.attempts import finish, forked, pretrain, read_rows
 from tests.train.faults import FAULTS, Fault
 from tests.train.tiny import Shards, build_tiny, masters, tiny
-from train import saver
-from train.checkpoint import list_checkpoints, verify
-from train.config import Config, validate
-from train.resume import RunFolder
+from train.checkpoints import saver
+from train.checkpoints.folder import list_checkpoints, verify
+from train.settings.config import Config, validate
+from train.starting.resume import RunFolder
 
 pytestmark = pytest.mark.gloo
 

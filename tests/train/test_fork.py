@@ -24,11 +24,11 @@ from tests.train.attempts import (
 from tests.train.faults import flip_bit
 from tests.train.runs import longhaul, write
 from tests.train.tiny import Shards, prepare_shards, tiny
-from train.changes import find_changes
-from train.config import Config, ConfigError, validate
-from train.fork import PARENT, begin_fork, plan_fork, what_is_kept
-from train.manifest import list_checkpoints, read_manifest, verify
-from train.start import open_run
+from train.checkpoints.manifest import list_checkpoints, read_manifest, verify
+from train.settings.config import Config, ConfigError, validate
+from train.starting.changes import find_changes
+from train.starting.fork import PARENT, begin_fork, plan_fork, what_is_kept
+from train.starting.start import open_run
 from train.verify import verify as verify_runs
 
 pytestmark = pytest.mark.gloo

@@ -13,8 +13,8 @@ from tests.train.runs import longhaul
 from tests.train.runs import write as write_yaml
 from tests.train.tiny import Shards, tiny
 from train import generate
+from train.checkpoints.snapshot import read_model
 from train.generate import Wanted, encoded, never, open_tokenizer, run, write
-from train.snapshot import read_model
 
 WORDS = ByteTokenizer()
 

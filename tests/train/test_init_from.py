@@ -24,15 +24,15 @@ from tests.train.test_inputs import assert_says, lines, one_line
 from tests.train.test_resume import kill_while_at
 from tests.train.tiny import Shards, build_tiny, tiny
 from train.build import to_model_config
-from train.checkpoint import choose_checkpoint, read_manifest
-from train.config import Config, validate
-from train.inputs import open_inputs
+from train.checkpoints.folder import choose_checkpoint, read_manifest
+from train.checkpoints.merged import MergedWeights
+from train.checkpoints.snapshot import read_model
+from train.checkpoints.stored import Stored
 from train.loop import TrainState
-from train.merged import MergedWeights
 from train.pretrain import build_from
-from train.resume import RunFolder
-from train.snapshot import read_model
-from train.stored import Stored
+from train.settings.config import Config, validate
+from train.starting.inputs import open_inputs
+from train.starting.resume import RunFolder
 
 pytestmark = pytest.mark.gloo
 

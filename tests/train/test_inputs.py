@@ -14,11 +14,11 @@ from tests.data.corpora import write_numbers
 from tests.ranks import run_ranks
 from tests.train.runs import longhaul, write
 from tests.train.tiny import FAM, Shards, build_tiny, prepare_shards, tiny, tiny_config
-from train.checkpoint import list_checkpoints, read_manifest
-from train.config import ConfigError, validate
-from train.inputs import checkpoint_problems, open_inputs
+from train.checkpoints.folder import list_checkpoints, read_manifest
 from train.loop import TrainState
-from train.resume import RunFolder
+from train.settings.config import ConfigError, validate
+from train.starting.inputs import checkpoint_problems, open_inputs
+from train.starting.resume import RunFolder
 
 
 def lines(raw: dict[str, Any], *, fresh: bool = False) -> tuple[str, ...]:

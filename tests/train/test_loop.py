@@ -35,8 +35,8 @@ from tests.train.tiny import (
     without_targets,
 )
 from train.build import Built, to_model_config
-from train.config import Config, validate
 from train.loop import TrainState, takes_passed_state, train_steps
+from train.settings.config import Config, validate
 
 pytestmark = pytest.mark.gloo
 

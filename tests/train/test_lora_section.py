@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.train.runs import problems, small
-from train.config import apply_overrides, dump, parse_overrides, schema, validate
+from train.settings.config import apply_overrides, dump, parse_overrides, schema, validate
 
 NAMES = "qkv, output, gate_up, down"
 

@@ -34,10 +34,10 @@ from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout
 from tests.data.corpora import Numbers
 from tests.ranks import run_ranks
-from train.measure import ALL, Forward, choose_lanes, count_steps
-from train.measure import measure as measure_all
-from train.positions import Condition, Evaluation, Part, PositionLosses, bucket_edges
-from train.verdict import difference
+from train.evaluation.measure import ALL, Forward, choose_lanes, count_steps
+from train.evaluation.measure import measure as measure_all
+from train.evaluation.positions import Condition, Evaluation, Part, PositionLosses, bucket_edges
+from train.evaluation.verdict import difference
 
 S = 16
 VOCAB = 50

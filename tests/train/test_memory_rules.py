@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.train.runs import problems, small
-from train.config import validate
+from train.settings.config import validate
 
 SP = {"parallel__tp": 4, "model__num_kv_heads": 4}
 

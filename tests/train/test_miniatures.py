@@ -22,7 +22,7 @@ from train.miniatures.curriculum import Difficulty, amplification, sample
 from train.miniatures.learner import Learner, learning_rate, read, with_memory
 from train.miniatures.pools import Pool, Pools
 from train.miniatures.states import join, noisy, pick, put
-from train.problems import ConfigError
+from train.settings.problems import ConfigError
 
 SMALL = """
 name: small
@@ -423,7 +423,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
     import typer
 
-    from train.miniature_cli import register
+    from train.commands.miniature import register
 
     app = typer.Typer()
     register(app)

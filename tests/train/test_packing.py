@@ -10,10 +10,10 @@ from tests.ranks import run_ranks
 from tests.train.attempts import read_rows
 from tests.train.test_every_memory import FOUR, MEMORIES, ONE, begin, live
 from tests.train.tiny import SEGMENT, Shards, build_tiny, prepare_shards, read_steps, tiny
-from train.config import validate
 from train.corpora import start_course
 from train.metrics import training_flops_per_token
 from train.pretrain import Pretraining
+from train.settings.config import validate
 from train.signals import StopRequest
 
 pytestmark = pytest.mark.gloo

@@ -3,7 +3,7 @@
 import pytest
 
 from model.config import FamMemory, WindowMemory
-from train.passkey import recall, train_passkey
+from train.evaluation.passkey import recall, train_passkey
 
 DISTANCE = 3  # segments; a window of 1 through 2 layers reaches 2 back
 

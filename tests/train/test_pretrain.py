@@ -12,7 +12,7 @@ import yaml
 from tests.train.attempts import losses, read_rows
 from tests.train.runs import longhaul, write
 from tests.train.tiny import Shards, tiny
-from train.config import load, validate
+from train.settings.config import load, validate
 
 TRACKED: dict[str, Any] = {"enabled": True, "experiment": "quick"}
 

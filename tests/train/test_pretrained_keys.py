@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.train.runs import problems, small
-from train.config import validate
+from train.settings.config import validate
 
 LLAMA3 = {"type": "llama3", "factor": 8, "original_len": "8k"}
 FAM = {"name": "fam", "slots": 8, "window": 1}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train.runs import problems, small
-from train.config import validate
+from train.settings.config import validate
 
 
 @pytest.mark.parametrize(

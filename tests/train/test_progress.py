@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from train.progress import (
+from train.tracking.progress import (
     Progress,
     Status,
     duration,

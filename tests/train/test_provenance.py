@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.provenance import PACKAGES, check_provenance
+from train.starting.provenance import PACKAGES, check_provenance
 
 
 def _install(site: Path, packages: tuple[str, ...], distribution: str) -> None:

@@ -18,9 +18,9 @@ from model.config import FamMemory, MemoryConfig, ModelConfig, NoMemory, WindowM
 from model.decoder import Decoder
 from model.init import initialise
 from tests.train.runs import small
-from train.answers import Answered, DecoderReader, lay_out, measure, measure_task
-from train.config import validate
-from train.questions import Place, count_prompts, describe, run_tasks, summarise
+from train.evaluation.answers import Answered, DecoderReader, lay_out, measure, measure_task
+from train.evaluation.questions import Place, count_prompts, describe, run_tasks, summarise
+from train.settings.config import validate
 
 BYTES = ByteTokenizer()
 S = 64
@@ -242,7 +242,7 @@ def test_logits_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         state = reader.read(torch.randint(0, 257, (5, 1, S)), None)
         whole = reader.logits(tokens, state, wanted)
-        monkeypatch.setattr("train.answers._LOGITS", 2 * S * 257)
+        monkeypatch.setattr("train.evaluation.answers._LOGITS", 2 * S * 257)
         pieces = reader.logits(tokens, state, wanted)
     assert whole.shape == (int(wanted.sum()), 257)
     torch.testing.assert_close(pieces, whole)  # other batch sizes, other order of sums

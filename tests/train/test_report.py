@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.train.test_verdict import compared
-from train.positions import Evaluation
-from train.rates import aligned, cell_tables, rate_text
-from train.report import Answers, Report, render, write_report
+from train.evaluation.positions import Evaluation
+from train.evaluation.rates import aligned, cell_tables, rate_text
+from train.evaluation.report import Answers, Report, render, write_report
 
 PNG = b"\x89PNG not really"
 

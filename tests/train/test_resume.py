@@ -21,7 +21,7 @@ from tests.train.attempts import (
     tensors_of,
 )
 from tests.train.tiny import Shards, tiny
-from train.config import Config, validate
+from train.settings.config import Config, validate
 
 pytestmark = pytest.mark.gloo
 

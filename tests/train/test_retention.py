@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.train.stored import damage, store
-from train import manifest as stored
-from train import retention
-from train.manifest import list_checkpoints, step_of
-from train.retention import is_good, retain
+from train.checkpoints import manifest as stored
+from train.checkpoints import retention
+from train.checkpoints.manifest import list_checkpoints, step_of
+from train.checkpoints.retention import is_good, retain
 
 
 def steps(folder: Path) -> list[int]:

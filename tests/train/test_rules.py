@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from tests.train.runs import problems, small
-from train.config import validate
-from train.memories import MEMORY_CONFIGS
-from train.remedies import nearest_divisors, nearest_multiples
-from train.rules import RULES, broken_rules
+from train.settings.config import validate
+from train.settings.memories import MEMORY_CONFIGS
+from train.settings.remedies import nearest_divisors, nearest_multiples
+from train.settings.rules import RULES, broken_rules
 
 FAM = {"name": "fam", "slots": 64}
 

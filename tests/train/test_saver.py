@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from tests.ranks import run_ranks
 from tests.train.attempts import forked
 from tests.train.saves import manifest_of, open_saver, save_step, saved
-from train import checkpoint, saver
-from train.checkpoint import find_newest_good, list_checkpoints, remove_unfinished, verify
+from train.checkpoints import folder as checkpoint
+from train.checkpoints import saver
+from train.checkpoints.folder import find_newest_good, list_checkpoints, remove_unfinished, verify
 
 pytestmark = pytest.mark.gloo
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.train.runs import small
-from train.config import TrainSection, validate
 from train.schedule import learning_rate
+from train.settings.config import TrainSection, validate
 
 
 def section(**changes: object) -> TrainSection:

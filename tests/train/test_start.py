@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.train.tiny import Shards, tiny
-from train.config import validate
-from train.start import agree_on
+from train.settings.config import validate
+from train.starting.start import agree_on
 
 pytestmark = pytest.mark.gloo
 

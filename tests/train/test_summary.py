@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from train.evaluation.positions import Condition, Evaluation, Part, PositionLosses, bucket_edges
 from train.metrics import FORMULA_NAME
-from train.picture import plot, plot_evaluation, tidy
-from train.positions import Condition, Evaluation, Part, PositionLosses, bucket_edges
-from train.summary import summarise
+from train.tracking.picture import plot, plot_evaluation, tidy
+from train.tracking.summary import summarise
 
 
 def row(step: int, loss: float | None, **more: Any) -> dict[str, Any]:
@@ -120,5 +120,5 @@ def test_a_long_run_is_drawn_soon(tmp_path: Path) -> None:
 
 
 def test_matplotlib_is_loaded_only_to_draw() -> None:
-    code = "import sys, train.summary; assert 'matplotlib' not in sys.modules"
+    code = "import sys, train.tracking.summary; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.tensor_file import Spec, specs_of, write_tensors
+from train.checkpoints.tensor_file import Spec, specs_of, write_tensors
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).view(3, 4),

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from train import shipper as shipping
-from train.describe import describe_run, source_commit
-from train.shipper import Progress, RefusedError, RunGoneError, Session, Shipper, read_rows
-from train.system_metrics import SystemMetrics
-from train.tracker import NoTracker, Tracker
+from train.tracking import shipper as shipping
+from train.tracking.describe import describe_run, source_commit
+from train.tracking.shipper import Progress, RefusedError, RunGoneError, Session, Shipper, read_rows
+from train.tracking.system_metrics import SystemMetrics
+from train.tracking.tracker import NoTracker, Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 # Never waited for in a good run; a loaded machine needs half a minute to import mlflow.
@@ -52,7 +52,7 @@ for line in sys.stdin:
 TRAINER = """
 import sys, time
 from pathlib import Path
-from train.tracker import Tracker
+from train.tracking.tracker import Tracker
 tracker = Tracker.open(Path(sys.argv[1]), experiment="e", run_name="killed", system_every_s=0)
 step, told = 0, False
 while True:

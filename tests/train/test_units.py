@@ -7,8 +7,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tests.train.runs import small, write
-from train.config import load
-from train.units import Count, Duration, Positive, TokenLength
+from train.settings.config import load
+from train.settings.units import Count, Duration, Positive, TokenLength
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from train.positions import Condition, Evaluation, Part, PositionLosses, table
-from train.verdict import Difference, difference, judge, metrics, t_quantile
+from train.evaluation.positions import Condition, Evaluation, Part, PositionLosses, table
+from train.evaluation.verdict import Difference, difference, judge, metrics, t_quantile
 
 
 def losses(

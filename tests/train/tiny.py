@@ -14,10 +14,10 @@ from data.streams import IGNORE, Batch
 from data.tokenizer import load_tokenizer
 from parallel.mesh import Mesh, build_mesh
 from train.build import Built, build, to_model_config
-from train.config import Config, validate
 from train.corpora import choose_course
-from train.inputs import Inputs, open_inputs
 from train.reading import choose_reading, model_vocab_size
+from train.settings.config import Config, validate
+from train.starting.inputs import Inputs, open_inputs
 
 SEGMENT = 16
 SAMPLE = 4 * SEGMENT

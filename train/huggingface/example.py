@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from train.config import Config
-from train.memories import LandmarkMemory, describe_memory, find_memory
+from train.settings.config import Config
+from train.settings.memories import LandmarkMemory, describe_memory, find_memory
 
 _BASE = """\
 ```python

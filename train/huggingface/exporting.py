@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from train.build import to_model_config
-from train.checkpoint import Manifest, choose_checkpoint
-from train.config import Config, validate
+from train.checkpoints.folder import Manifest, choose_checkpoint
+from train.checkpoints.merged import MergedWeights
+from train.checkpoints.tensor_file import Spec, write_tensors
 from train.huggingface.example import readme
 from train.huggingface.folder import INDEX, SINGLE, parameter_shapes
 from train.huggingface.importing import new_folder
@@ -33,9 +34,8 @@ from train.huggingface.tokenizer_files import (
     write_json,
     write_words,
 )
-from train.memories import window_of
-from train.merged import MergedWeights
-from train.tensor_file import Spec, write_tensors
+from train.settings.config import Config, validate
+from train.settings.memories import window_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}

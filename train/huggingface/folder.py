@@ -15,10 +15,10 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.decoder import Decoder
 from train.build import to_model_config
-from train.config import Config, validate
 from train.huggingface.memory_files import MEMORY_TENSORS, StoredMemory, read_memory
 from train.huggingface.shapes import model_keys
 from train.huggingface.tensors import Parameter, Piece, pieces_of
+from train.settings.config import Config, validate
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_SEGMENT = 4096

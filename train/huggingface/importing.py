@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 
 from model.init import count_parameters
-from train.checkpoint import Manifest, begin, commit, share_name
-from train.config import Config
+from train.checkpoints.folder import Manifest, begin, commit, share_name
+from train.checkpoints.snapshot import PACKAGES
+from train.checkpoints.tensor_file import Spec, write_tensors
 from train.huggingface.folder import Opened, open_folder
 from train.huggingface.tokenizer_files import copy_beside, imported_words
-from train.snapshot import PACKAGES
-from train.tensor_file import Spec, write_tensors
+from train.settings.config import Config
 
 
 class Imported(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 
 from model.decoder import Decoder
 from train.build import to_compute_config
-from train.config import Config
 from train.huggingface.folder import open_folder
+from train.settings.config import Config
 
 
 def load_folder(folder: str | Path, *, segment_len: int | None = None) -> tuple[Decoder, Config]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.config import HmtMemory
-from train.checkpoint import Manifest
-from train.config import Config
-from train.memories import to_memory_config
+from train.checkpoints.folder import Manifest
+from train.settings.config import Config
+from train.settings.memories import to_memory_config
 
 MEMORY, MEMORY_TENSORS = "memory.json", "memory.safetensors"
 FORMAT = 1

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.sections import ModelSection
+from train.settings.sections import ModelSection
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from data.files import shown_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.wide import WideCorpus
-from train.config import Config
 from train.remote import open_remote
+from train.settings.config import Config
 
 TOKENIZER = "tokenizer.json"
 _COMPANIONS = (

@@ -17,10 +17,10 @@ from pydantic import Field, ValidationError
 
 from data.tasks import PASSKEY_VOCAB, vocab_size
 from model.config import ModelConfig
-from train.memories import HmtMemory, to_memory_config
-from train.problems import ConfigError
-from train.sections import ModelSection, RunName
-from train.units import (
+from train.settings.memories import HmtMemory, to_memory_config
+from train.settings.problems import ConfigError
+from train.settings.sections import ModelSection, RunName
+from train.settings.units import (
     Count,
     Decay,
     Index,

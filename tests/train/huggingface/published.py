@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.tokenizer import ByteTokenizer
 from model.decoder import Decoder
-from train.snapshot import read_model
+from train.checkpoints.snapshot import read_model
 
 VOCAB = 300
 """No multiple of 64, and more than the 257 ids of bytes."""

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tests.train.huggingface.published import LLAMA3, load, publish, tokens
 from tests.train.runs import small
 from train.cli import app
-from train.config import validate
+from train.settings.config import validate
 
 
 def longhaul(*arguments: object) -> str:

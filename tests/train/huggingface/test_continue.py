@@ -16,14 +16,14 @@ from tests.train.attempts import finish, losses
 from tests.train.huggingface.published import load, ours, publish, theirs, tokens
 from tests.train.tiny import Shards, tiny
 from train.build import to_model_config
-from train.checkpoint import choose_checkpoint
-from train.config import Config, ConfigError, validate
+from train.checkpoints.folder import choose_checkpoint
+from train.checkpoints.merged import MergedWeights
 from train.huggingface.exporting import export
 from train.huggingface.importing import import_folder
 from train.huggingface.loading import load_folder
-from train.inputs import open_inputs
-from train.merged import MergedWeights
 from train.pretrain import build_from
+from train.settings.config import Config, ConfigError, validate
+from train.starting.inputs import open_inputs
 
 pytestmark = pytest.mark.gloo
 

@@ -35,15 +35,15 @@ from tests.train.huggingface.published import (
 from tests.train.runs import ROOT
 from tests.train.tiny import Shards, build_tiny, tiny, tiny_config
 from train.build import to_model_config
-from train.checkpoint import choose_checkpoint
-from train.config import Config, validate
-from train.export_cli import parse_size
+from train.checkpoints.folder import choose_checkpoint
+from train.checkpoints.merged import MergedWeights
+from train.commands.export import parse_size
 from train.huggingface.exporting import export
 from train.huggingface.importing import import_folder, write_checkpoint
 from train.huggingface.loading import load_folder
 from train.loop import TrainState
-from train.merged import MergedWeights
-from train.resume import RunFolder
+from train.settings.config import Config, validate
+from train.starting.resume import RunFolder
 
 SLOW = pytest.mark.slow
 

@@ -1,0 +1,1 @@
+"""Checkpoints: saved beside training, verified on load, read at any layout."""

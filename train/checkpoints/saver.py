@@ -1,0 +1,167 @@
+"""Saves a checkpoint beside training: every rank its own share, nobody the model.
+
+Training waits for the copy to host memory. A thread writes and hashes the copy, the ranks' threads
+agree over a group of their own, and rank 0 commits. A kill at any moment leaves the checkpoints
+that were complete, and a temporary folder that the next attempt removes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.checkpoints.folder import Manifest, begin, commit, share_name
+from train.checkpoints.tensor_file import specs_of, write_tensors
+
+RETRY_AFTER_S = (1.0, 5.0, 20.0)
+"""A disk that refuses is tried again after so long; then this save has failed."""
+
+
+class Result(NamedTuple):
+    """How a save ended, the same on all ranks."""
+
+    step: int
+    path: Path
+    nbytes: int  # of this rank's share
+    seconds: float  # from the copy's end
+    error: str | None
+
+
+class Saver:
+    """Writes one checkpoint at a time into a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        timeout: timedelta,
+        max_failures: int,
+        say: Callable[[str], None],
+        committed: Callable[[], None] = lambda: None,
+        sync: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All ranks call this together. committed: called on rank 0 after each commit.
+
+        sync: called on every rank before a commit, for what must be on disk by then.
+        """
+        self.folder, self.max_failures, self.say = folder, max_failures, say
+        self.committed, self.sync = committed, sync
+        # Its own group, on the host: a save's messages meet none of training's.
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.rank, self.failures = dist.get_rank(), 0
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._result: Result | None = None
+        self._told = True
+
+    def start(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
+        """Copy this rank's tensors and write them beside training.
+
+        manifest: but for its files. All ranks call this together. Waits for the save before; raises
+        what `finish` raises.
+        """
+        self.finish()
+        self._copies = self._copied(tensors)
+        self._result, self._told = None, False
+        # A daemon: a write that hangs must not keep a failed process from ending.
+        self._thread = threading.Thread(target=self._save, args=(manifest,), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> Result | None:
+        """Wait for the running save, if any, and return how it ended.
+
+        Raises OSError on all ranks after max_failures failures in a row.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        result = self._result
+        assert result is not None
+        self.failures = 0 if result.error is None else self.failures + 1
+        if self.failures >= self.max_failures:
+            raise OSError(
+                f"{self.failures} checkpoints in a row could not be saved"
+                f" (checkpoint.max_failures={self.max_failures}): {result.error}"
+            )
+        return result
+
+    def news(self) -> Result | None:
+        """Return how a save ended, once, as soon as it has; never waits."""
+        if self._told or self._result is None:
+            return None
+        self._told = True
+        return self._result
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies on the host, in the memory of the last ones where they fit."""
+        copies = {}
+        on_gpu = False
+        for name, tensor in tensors.items():
+            copy = self._copies.pop(name, None)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
+            on_gpu = on_gpu or tensor.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+    def _save(self, manifest: Manifest) -> None:
+        began, error, nbytes = time.perf_counter(), None, 0
+        path = self.folder / f"step-{manifest.step:08d}"
+        try:
+            nbytes = self._write(manifest)
+        except Exception as problem:  # a thread's error is seen by nobody else
+            error = str(problem) or type(problem).__name__
+        self._result = Result(manifest.step, path, nbytes, time.perf_counter() - began, error)
+
+    def _write(self, manifest: Manifest) -> int:
+        """Write, agree and commit; return the bytes of this rank's share."""
+        first = self.rank == 0
+        work = self._together(lambda: begin(self.folder, manifest.step) if first else None)[0]
+
+        def write() -> tuple[str, dict[str, Any]]:
+            self.sync()
+            path = work / share_name(self.rank)
+            digest = write_tensors(path, specs_of(self._copies), self._copies.__getitem__)
+            return path.name, {"sha256": digest, "bytes": path.stat().st_size}
+
+        files = dict(self._together(write))
+        self._together(lambda: commit(work, replace(manifest, files=files)) if first else None)
+        if first:
+            self.committed()
+        size: int = files[share_name(self.rank)]["bytes"]
+        return size
+
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """Run action on every rank; return all results, or raise on all what failed on any."""
+        try:
+            mine: tuple[Any, str | None] = (self._tried(action), None)
+        except Exception as error:  # whatever it is: the others must not wait for this rank
+            mine = (None, f"rank {self.rank}: {error}")
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self.group)
+        errors = [error for _, error in everyone if error is not None]
+        if errors:
+            raise OSError("checkpoint not saved: " + "; ".join(errors))
+        return [result for result, _ in everyone]
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
+        """Return action's result, tried again where the disk refuses."""
+        for wait_s in RETRY_AFTER_S:
+            try:
+                return action()
+            except OSError as error:
+                self.say(f"checkpoint, rank {self.rank}: {error}; again in {wait_s:.0f} s")
+                time.sleep(wait_s)
+        return action()

@@ -1,0 +1,1 @@
+"""What a model, and its memory, is worth: measured, with intervals, as a report."""

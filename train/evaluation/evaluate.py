@@ -1,0 +1,318 @@
+"""`longhaul evaluate`: what a checkpoint's memory is worth, in numbers, words and a page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.files import shown_folder
+from data.index import Corpus
+from model.decoder import Output
+from model.memory.base import State
+from train.evaluation.measure import ALL, choose_lanes, measure
+from train.evaluation.positions import Condition, Evaluation, table
+from train.evaluation.rates import aligned, cell_tables
+from train.evaluation.report import REPORT, Answers, Report, write_report
+from train.evaluation.verdict import judge, metrics
+from train.reading import choose_reading, model_vocab_size
+from train.remote import open_remote
+from train.settings.memories import describe_memory
+from train.starting.inputs import chooses_by_later_tokens
+from train.tracking.progress import short
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+    from train.checkpoints.folder import Manifest
+    from train.settings.config import Config
+
+
+class Tasks(NamedTuple):
+    """Which questions to ask beside the loss, and how many."""
+
+    names: Sequence[str] = ()
+    lengths: Sequence[int] = ()  # tokens
+    depths: Sequence[float] = (0.0, 0.5, 1.0)  # of the answer: 0 the start of the document
+    prompts: int = 32
+    seed: int = 0
+    pubmedqa: Path | None = None  # the folder of its files
+
+
+FACTS = "facts"
+"""The name of all tasks of facts in stories together."""
+NO_TASKS = Tasks()
+
+
+def run(
+    checkpoint: Path,
+    data: Path | None = None,
+    memory: bool = True,
+    tokens: int | None = None,
+    output: Path | None = None,
+    tasks: Tasks = NO_TASKS,
+    track: bool = False,
+    changes: Sequence[str] = (),
+) -> int:
+    """Evaluate a checkpoint on this one process, print a table and return 0.
+
+    checkpoint: one checkpoint's folder, or a run's for its newest good one. data: prepared
+    shards (None: the run's data.valid). memory: with it, without and shuffled, for the
+    differences; False: only without. tokens: about as many (None: all). output: where to write
+    an HTML page, with JSON and a picture beside it. track: log to the run's MLflow run, too.
+    changes: of the memory, see snapshot.read_model.
+
+    Raises ValueError for everything that the user can mend.
+    """
+    from train.checkpoints.folder import choose_checkpoint
+    from train.checkpoints.snapshot import load_model
+    from train.huggingface.tokenizer_files import require_same_tokenizer
+
+    folder, manifest = choose_checkpoint(checkpoint)
+    model, config = load_model(folder, manifest, changes)
+    if chooses_by_later_tokens(config):
+        raise ValueError(
+            "granularity=tokens lets a token's choice of blocks depend on later ones, so its loss"
+            " means nothing; evaluate with token_and_head or heads"
+        )
+    corpus = _open_corpus(model, config, data)
+    require_same_tokenizer(folder, corpus.tokenizer_sha256, shown_folder(corpus.folder))
+    answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
+    conditions = _conditions(config, memory)
+    evaluation = _measure(model, config, corpus, tokens, conditions, manifest.step)
+    print(f"{folder} on {corpus.folder}\n\n{table(evaluation)}\n")
+    say_verdict(evaluation, print, lambda text: print(text, file=sys.stderr))
+    if config.model.memory.name == "none" and memory:
+        print("this model has no memory: every segment is read by itself")
+    _say_answers(answers)
+    for damage in corpus.damage:
+        print(f"left out: {damage}")
+    facts = [("checkpoint", str(folder)), ("step", f"{manifest.step:,}")]
+    facts += describe(config, _parameters(model), corpus, evaluation, str(_device(model)))
+    report = Report(
+        title=f"{config.name}, step {manifest.step:,}",
+        facts=facts,
+        evaluation=evaluation,
+        tasks=answers,
+        notes=[f"left out: {damage}" for damage in corpus.damage],
+    )
+    if output is not None:
+        about = {
+            "checkpoint": str(folder),
+            "data": str(corpus.folder),
+            "fingerprint": corpus.fingerprint,
+        }
+        written = write_files(output, report, about)
+        print(f"written: {', '.join(map(str, written))}")
+    if track:
+        _track(folder, manifest, config, evaluation, written if output is not None else [])
+    return 0
+
+
+def say_verdict(evaluation: Evaluation, say: Any, warn: Any) -> None:
+    """Say the verdict and its differences, and warn where the memory is not shown to be used."""
+    verdict = judge(evaluation)
+    if verdict is None:
+        return
+    for name, text in verdict.lines():
+        say(f"{name}: {text}")
+    if verdict.used == "yes":
+        say(str(verdict))
+    else:
+        warn(f"WARNING: {verdict}")
+
+
+def describe(
+    config: Config, parameters: str, corpus: Corpus, evaluation: Evaluation, where: str
+) -> list[tuple[str, str]]:
+    """Return what was evaluated and what it cost, by name, for a report."""
+    columns = evaluation.columns
+    return [
+        ("memory", describe_memory(config.model.memory)),
+        ("parameters", parameters),
+        ("state", f"{evaluation.state_bytes:,} bytes a stream, the most that one rank carried"),
+        ("read with the memory on", f"{short(evaluation.tokens_per_s)} tokens/s, {where}"),
+        ("segment", f"{config.data.segment_len:,} tokens"),
+        ("data", f"{corpus.folder}: {len(corpus.lengths):,} documents"),
+        ("data fingerprint", corpus.fingerprint),
+        ("tokens predicted", f"{columns[0].tokens:,} under each condition"),
+        *_coverage(evaluation),
+    ]
+
+
+def write_files(output: Path, report: Report, about: dict[str, Any]) -> list[Path]:
+    """Write the page, the numbers as JSON and the picture, with one stem; return their paths.
+
+    output: a file, or a folder (existing, or a name without a suffix) for report.html in it.
+    """
+    from train.tracking.picture import plot_evaluation
+
+    if output.is_dir() or not output.suffix:
+        output = output / REPORT
+    page, numbers, picture = (output.with_suffix(end) for end in (".html", ".json", ".png"))
+    plot_evaluation(picture, report.evaluation, title=report.title)
+    verdict = judge(report.evaluation)
+    values = {
+        **about,
+        **report.evaluation.to_json(),
+        "verdict": verdict.to_json() if verdict else None,
+        "tasks": [task.result.to_json() for task in report.tasks],
+    }
+    numbers.write_text(json.dumps(values, indent=1) + "\n")
+    write_report(page, report._replace(picture=picture.read_bytes()))
+    return [page, numbers, picture]
+
+
+def _coverage(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return what share of the tokens with a past could be shuffled."""
+    if evaluation.unshuffled is not None:
+        return [("shuffled", evaluation.unshuffled)]
+    if evaluation.on is None or evaluation.shuffled is None:
+        return []
+    wanted, had = (
+        sum(tokens for _, tokens in losses.passages)
+        for losses in (evaluation.on, evaluation.shuffled)
+    )
+    share = f"{had / wanted:.1%}" if wanted else "none"
+    return [("shuffled", f"{share} of the tokens beyond a first segment")]
+
+
+def _conditions(config: Config, memory: bool) -> Sequence[Condition]:
+    if not memory:
+        return ("off",)
+    return ("on",) if config.model.memory.name == "none" else ALL
+
+
+def _open_corpus(model: Decoder, config: Config, data: Path | None) -> Corpus:
+    folder = data or config.data.valid
+    if folder is None:
+        raise ValueError("the run has no data.valid; name prepared shards with --data FOLDER")
+    corpus = Corpus.open(folder, config.data.on_damage, open_remote(config))
+    if model_vocab_size(config, corpus.manifest.vocab_size) > model.config.vocab_size:
+        raise ValueError(
+            f"{shown_folder(folder)} has tokens up to {corpus.manifest.vocab_size - 1}, the model's"
+            f" vocab_size is {model.config.vocab_size}; prepare it with the run's tokenizer"
+        )
+    return corpus
+
+
+def _measure(
+    model: Decoder,
+    config: Config,
+    corpus: Corpus,
+    tokens: int | None,
+    conditions: Sequence[Condition],
+    step: int,
+) -> Evaluation:
+    def forward(
+        tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
+    ) -> Output:
+        # step: a memory that trains in stages is read as it was then
+        result: Output = model(tokens, starts, state, labels=labels, scale=scale, step=step)
+        return result
+
+    reading = choose_reading(config, model.config.vocab_size)
+    return measure(
+        forward,
+        corpus,
+        segment_len=reading.segment_len,
+        prepare=reading.prepare,
+        segments=config.num_segments,
+        lanes=choose_lanes(len(corpus.lengths), config.train.batch_size),
+        tokens=tokens,
+        conditions=conditions,
+        micro_batch=config.train.micro_batch,
+        device=_device(model),
+        workers=config.data.workers,
+        progress=True,
+    )
+
+
+def _ask(model: Decoder, config: Config, corpus: Corpus, tasks: Tasks) -> Sequence[Answers]:
+    """Return the answers to the tasks' questions, hidden in the corpus's text."""
+    if not tasks.names:
+        return ()
+    from tqdm import tqdm
+
+    from data.tasks import TEXT_TASKS, corpus_texts
+    from train.evaluation.questions import count_prompts, run_tasks
+    from train.evaluation.questions import describe as in_words
+
+    stories = [name for name in TEXT_TASKS if name.startswith("story_")]
+    names = [n for name in tasks.names for n in (stories if name == FACTS else [name])]
+    reading = choose_reading(config, model.config.vocab_size)
+    segment_len = reading.segment_len
+    lengths = tasks.lengths or (4 * segment_len, 16 * segment_len)
+    total = count_prompts(names, lengths, tasks.depths, tasks.prompts)
+    with tqdm(total=total, desc="questions", leave=False, disable=None) as bar:
+        results = run_tasks(
+            model,
+            config,
+            corpus.tokenizer(),
+            names=names,
+            lengths=lengths,
+            depths=tasks.depths,
+            prompts=tasks.prompts,
+            seed=tasks.seed,
+            filler=corpus_texts(corpus, 2 * (max(lengths) + segment_len)),
+            pubmedqa=tasks.pubmedqa,
+            segment_len=segment_len,
+            prepare_batch=reading.prepare_tokens,
+            done=bar.update,
+        )
+    return [Answers(result, in_words(result)) for result in results]
+
+
+def _say_answers(answers: Sequence[Answers]) -> None:
+    for result, words in answers:
+        tables = [aligned([table.heads, *table.rows]) for table in cell_tables(result.cells)[-1:]]
+        print("", words, *tables, sep="\n")
+        if result.verdict != "yes":
+            print(f"WARNING: {result.task}: memory used: {result.verdict}", file=sys.stderr)
+
+
+def _track(
+    folder: Path, manifest: Manifest, config: Config, evaluation: Evaluation, files: list[Path]
+) -> None:
+    """Log an evaluation to the MLflow run that the checkpoint is of."""
+    with _tracker(folder, config) as tracker:
+        tracker.metrics(metrics(evaluation, "evaluate/"), manifest.step)
+        verdict = judge(evaluation)
+        if verdict is not None:
+            tracker.event(f"evaluated: {verdict}", manifest.step)
+        for path in files:
+            tracker.artifact(path, "evaluate")
+
+
+@contextmanager
+def _tracker(folder: Path, config: Config) -> Iterator[Any]:
+    from train.tracking.tracker import Tracker
+
+    run_dir = folder.resolve().parent.parent
+    done = (run_dir / "DONE").exists()
+    tracker = Tracker.open(
+        run_dir,
+        experiment=config.tracking.experiment,
+        run_name=config.name,
+        uri=config.tracking.uri,
+        system_every_s=0,
+    )
+    try:
+        yield tracker
+    finally:
+        tracker.close(status="FINISHED" if done else "SCHEDULED")
+        if tracker.problem:
+            print(f"tracking: not shipped: {tracker.problem}", file=sys.stderr)
+
+
+def _parameters(model: Decoder) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+def _device(model: Decoder) -> torch.device:
+    return next(model.parameters()).device

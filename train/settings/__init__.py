@@ -1,0 +1,1 @@
+"""A run's configuration: fields, rules, and every problem in one line."""

@@ -1,0 +1,146 @@
+"""The run folder: what a run leaves there, and how the next attempt goes on from it.
+
+config.yaml      resolved configuration        log.jsonl   one row a step
+checkpoints/     sharded, verified             tracking/   MLflow's spool and embedded store
+summary.png      the end of the run            DONE        written when all steps are done
+ledger/          which samples were consumed
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.ledger import Ledger, NoLedger
+from parallel.mesh import Mesh
+from train.build import Built
+from train.checkpoints import folder as checkpoint
+from train.checkpoints import snapshot
+from train.checkpoints.saver import Saver
+from train.checkpoints.stored import Stored
+from train.loop import TrainState
+from train.settings.config import Config
+from train.starting.changes import find_changes
+
+
+class RunFolder:
+    """A run's folder, seen by one rank; only rank 0 writes what is not a share."""
+
+    def __init__(self, config: Config, built: Built, mesh: Mesh, data: str) -> None:
+        self.config, self.built, self.mesh, self.data = config, built, mesh, data
+        self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
+        self.saved_at: int | None = None  # the newest step that is saved or being saved
+        self.ledger: Ledger | NoLedger = NoLedger()
+        self.saver = Saver(
+            self.checkpoints,
+            timeout=timedelta(seconds=config.parallel.timeout_s),
+            max_failures=config.checkpoint.max_failures,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+            committed=self._retain,
+            sync=lambda: self.ledger.sync(),
+        )
+
+    def resume(self, say: Callable[[str], None]) -> TrainState:
+        """Return the state of the newest good checkpoint, put back; without one a new state."""
+        if self.mesh.rank == 0:
+            for name in checkpoint.remove_unfinished(self.checkpoints):
+                say(f"removed what an interrupted save left: {name}")
+        dist.barrier()
+        found = checkpoint.find_newest_good(self.checkpoints, say)
+        if found is None:
+            state = TrainState()
+        else:
+            path, manifest = found
+            stored = Stored(path, manifest)
+            state = snapshot.restore(self.built, self.mesh, self.config, stored, say)
+            self.saved_at = state.step
+            say(f"resumed at step {state.step} from {path}")
+            for change in find_changes(self.config, manifest, self.built.model.config.vocab_size):
+                say(f"changed since step {state.step}: {change}")
+        if self.mesh.rank == 0:
+            for aside in checkpoint.set_aside_after(self.checkpoints, state.step):
+                say(f"set aside: {aside}; delete it when nobody needs to look at it")
+            self._forget_rows_after(state.step)
+        return state
+
+    def save(self, state: TrainState) -> None:
+        """Copy every rank's share; it is written beside training, or now if so configured.
+
+        Raises OSError after too many failures in a row.
+        """
+        tensors = snapshot.collect(self.built, self.mesh, state, self.config)
+        manifest = snapshot.describe(self.config, self.built, self.mesh, state, self.data)
+        self.saver.start(tensors, manifest)
+        self.saved_at = state.step
+        if not self.config.checkpoint.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the running save has ended; one that failed does not count as saved."""
+        result = self.saver.finish()
+        if result is not None and result.error is not None:
+            self.saved_at = None
+
+    def save_now(self, state: TrainState) -> None:
+        """Return when this state is saved, as it may be already; raises OSError where it cannot."""
+        self.wait()
+        if self.saved_at != state.step:
+            self.save(state)
+            self.wait()
+        if self.saved_at != state.step:
+            raise OSError(f"the checkpoint of step {state.step} could not be saved, see above")
+
+    def _retain(self) -> None:
+        kept = self.config.checkpoint
+        checkpoint.retain(
+            self.checkpoints, keep=kept.keep, keep_every=kept.keep_every, say=self.saver.say
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to log.jsonl (rank 0)."""
+        with (self.path / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the rows of log.jsonl; a last line cut short by a crash is left out."""
+        try:
+            lines = (self.path / "log.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def finish(self) -> None:
+        """Write DONE: finished, not only stopped (rank 0)."""
+        (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
+
+    def _forget_rows_after(self, step: int) -> None:
+        """Drop rows of steps that will be done again."""
+        rows = [row for row in self.history() if row["step"] <= step]
+        self.path.mkdir(parents=True, exist_ok=True)
+        replacement = self.path / "log.jsonl.tmp"
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replacement.rename(self.path / "log.jsonl")
+        (self.path / "DONE").unlink(missing_ok=True)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Return where a run folder was moved to, None where there was nothing in it.
+
+    The name is the folder's with the time, so nothing of an old run is ever overwritten.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    stem = f"{folder.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}"
+    aside, number = folder.with_name(stem), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{stem}-{number}")
+    folder.rename(aside)
+    return aside
