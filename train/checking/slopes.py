@@ -1,0 +1,64 @@
+"""Does one process's own backward pass give the slope of its loss?
+
+A layout is compared with one process, so what both have wrong would pass: a `detach` in a memory's
+recurrence, a hand-written backward. Differences of the loss know nothing of either.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model.config import ModelConfig
+from train.checking.batches import make_batches
+from train.checking.plain import begin, scale_of, windows
+from train.curriculum import cut_documents, segment_limit
+from train.settings.config import Config
+
+STEP = 1e-5
+"""Of a parameter's size. In float64 the slope is then right to about 1e-8."""
+
+TOLERANCE = 1e-5
+
+
+def slope_errors(config: Config, model_config: ModelConfig) -> dict[str, float]:
+    """Return by parameter how far its gradient is from the slope, along one random direction.
+
+    Of the second step's first BPTT window, which has a memory behind it; float64. Relative to the
+    slope that a gradient of this size has along a random direction.
+    """
+    model = begin(config, model_config, torch.float64)
+    batch = make_batches(config)[0]
+    window, number = windows(config)[0], 0
+    starts = cut_documents(batch.starts, segment_limit(config, number))
+
+    def loss() -> torch.Tensor:
+        output = model(
+            batch.tokens[:, window],
+            starts[:, window],
+            None,
+            labels=batch.labels[:, window],
+            scale=scale_of(batch, torch.float64),
+            step=number,
+            documents=None if batch.documents is None else batch.documents[:, window],
+        )
+        result: torch.Tensor = output.loss
+        return result
+
+    loss().backward()
+    generator, found = torch.Generator().manual_seed(2), {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        way = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        size = STEP * float(parameter.detach().square().mean().sqrt().clamp(min=1e-2))
+        with torch.no_grad():
+            parameter += size * way
+            above = loss().item()
+            parameter -= 2 * size * way
+            below = loss().item()
+            parameter += size * way
+            slope, gradient = (above - below) / (2 * size), parameter.grad
+            usual = float(gradient.norm() * way.norm()) / parameter.numel() ** 0.5
+            apart = abs(slope - float((gradient * way).sum()))
+        found[name] = apart / usual if usual > 0 else apart
+    return found
