@@ -19,7 +19,7 @@ FLOORS = {"loss": 1e-6, "gradient norm": 2e-6, "gradient": 1e-5, "weight": 2e-6}
 
 Three steps move weights by about 1e-2 of their size, so theirs is 2e-4 of the way."""
 
-NOISE = 10.0
+NOISE = 5.0
 """Times what one process loses by its type of number: sums in another order lose no more."""
 
 Key = tuple[str, str, int]
@@ -29,7 +29,7 @@ Key = tuple[str, str, int]
 class Difference(NamedTuple):
     """One quantity's largest error, relative to its largest element."""
 
-    kind: str  # a key of FLOORS
+    kind: str  # a key of FLOORS; exchange, of dK and dV alone; slope, of one process
     name: str  # the parameter, with (q), (k), (v) for parts of one
     step: int  # 0, 1, 2
     error: float
@@ -47,10 +47,13 @@ class Difference(NamedTuple):
 
     def describe(self) -> str:
         """Return what it is of, such as `gradient of blocks.0.output.weight (layer 0), step 1`."""
+        if self.kind == "exchange":
+            return f"{self.name} as the ranks exchange them"
         layer = re.search(r"\bblocks\.(\d+)\.", self.name)
         of = f" of {self.name}" + (f" (layer {layer[1]})" if layer else "") if self.name else ""
         when = "after three steps" if self.kind == "weight" else f"step {self.step + 1}"
-        return f"{self.kind}{of}, {when}"
+        what = "gradient against the slope of the loss" if self.kind == "slope" else self.kind
+        return f"{what}{of}, {when}"
 
 
 def compare(

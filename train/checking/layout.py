@@ -34,10 +34,10 @@ class _Share(NamedTuple):
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
     cuts: dict[str, Cut]
-    probe: Probe
+    probe: Probe | None
 
 
-def train(subject: Subject, model_config: ModelConfig) -> tuple[Trained, Probe]:
+def train(subject: Subject, model_config: ModelConfig) -> tuple[Trained, Probe | None]:
     """Return what plain.train does, of a layout's ranks, and what the exchange of keys showed.
 
     A tensor that several tensor-parallel ranks hold has them as its first dimension: [ranks, ...].
@@ -70,7 +70,8 @@ def train(subject: Subject, model_config: ModelConfig) -> tuple[Trained, Probe]:
         Step(loss, norm, join([part.gradients[i] for part in parts]))
         for i, (loss, norm) in enumerate(zip(ranks[0].losses, ranks[0].norms, strict=True))
     ]
-    worst = max((rank.probe for rank in ranks), key=lambda found: found.error)
+    probes = [rank.probe for rank in ranks if rank.probe is not None]
+    worst = max(probes, key=lambda found: found.error, default=None)
     return Trained(steps, join([part.weights for part in parts])), worst
 
 

@@ -25,12 +25,15 @@ class Probe(NamedTuple):
     name: str
 
 
-def probe(sequence: Sequence, precision: str) -> Probe:
-    """Return how far the exchange's keys, dK and dV are from what was sent, in the run's type."""
+def probe(sequence: Sequence, precision: str) -> Probe | None:
+    """Return how far the exchange's keys, dK and dV are from what was sent, in the run's type.
+
+    None where a rank has all keys itself. Every rank of the exchange calls this together.
+    """
     exchange = sequence.exchange if isinstance(sequence, FoldedSequence) else Alone()
     rank, size = exchange.rank, exchange.size
     if size == 1:
-        return Probe(0.0, "dK")
+        return None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     keys = [(_draw(source, 0, dtype), _draw(source, 1, dtype)) for source in range(size)]
     seen: dict[int, float] = {}
