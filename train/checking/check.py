@@ -59,7 +59,7 @@ def check(config: Config, most_ranks: int, say: Say) -> Report:
     Raises ValueError where most_ranks do not hold the layout's kinds of parallelism.
     """
     began, subject = time.monotonic(), shrink(config, most_ranks)
-    references = _References()
+    references = References()
     say("one plain process: three steps in float64, and the slopes of its loss")
     references.of(subject)
     own = _slopes(subject)
@@ -70,15 +70,15 @@ def check(config: Config, most_ranks: int, say: Say) -> Report:
     comparisons, switches = [], None
     for each in _precisions(subject):
         say(f"{each.ranks} processes: {each.describe()}")
-        comparisons.append(_compare(each, references))
+        comparisons.append(compare_layout(each, references))
         if not comparisons[-1].passes:
             say("not equal; looking for the switch that breaks it")
-            switches = _find(each, lambda s: not _compare(s, references).passes, say)
+            switches = _find(each, lambda s: not compare_layout(s, references).passes, say)
             break
     return Report(config, own, comparisons, switches, time.monotonic() - began)
 
 
-class _References:
+class References:
     """What one plain process computes, kept by all that it depends on."""
 
     def __init__(self) -> None:
@@ -121,7 +121,8 @@ def _precisions(subject: Subject) -> list[Subject]:
     return [Subject(validate(raw), subject.dp), subject]
 
 
-def _compare(subject: Subject, references: _References) -> Comparison:
+def compare_layout(subject: Subject, references: References) -> Comparison:
+    """Return how far a layout's ranks are from one plain process, its keys' exchange included."""
     exact, rounded = references.of(subject)
     try:
         found, probe = layout.train(subject, _model_of(subject))

@@ -12,6 +12,9 @@ from train.settings.config import Config
 ONCE = ("loss", "gradient norm", "exchange", "slope")
 """Kinds of which the worst is shown; of parameters each."""
 
+WIDTH = 72
+"""Columns of a name."""
+
 
 def as_text(report: Report) -> str:
     """Return the report for a terminal."""
@@ -78,18 +81,18 @@ def _tables(comparison: Comparison, own: list[Difference]) -> list[str]:
     found = [*comparison.differences, *own]
     by_kind = [[each for each in found if each.kind == kind] for kind in ONCE]
     lines = _table([_worst(some) for some in by_kind if some])
-    lines += [f"  {'each parameter':44} {'gradient':>9} {'limit':>8} {'weight':>9} {'limit':>8}"]
+    lines += [f"  {'each parameter':{WIDTH}} {'gradient':>9} {'limit':>8} {'weight':>9} {'limit':>8}"]
     gradients, weights = (_by_name(found, kind) for kind in ("gradient", "weight"))
     for name, weight in weights.items():
         gradient = gradients.get(name)
         shown = f"{'frozen':>9} {'':>8}" if gradient is None else _numbers(gradient)
-        lines.append(f"  {name:44} {shown} {_numbers(weight)}{_mark(gradient, weight)}")
+        lines.append(f"  {name:{WIDTH}} {shown} {_numbers(weight)}{_mark(gradient, weight)}")
     return [*lines, ""]
 
 
 def _table(rows: list[Difference]) -> list[str]:
-    lines = [f"  {'largest relative error':44} {'error':>9} {'limit':>8}"]
-    lines += [f"  {each.describe():44} {_numbers(each)}{_mark(each)}" for each in rows]
+    lines = [f"  {'largest relative error':{WIDTH}} {'error':>9} {'limit':>8}"]
+    lines += [f"  {each.describe():{WIDTH}} {_numbers(each)}{_mark(each)}" for each in rows]
     return [*lines, ""]
 
 
