@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train.checking import ranks
 from tests.ranks import RankFailure, run_ranks
+from train.checking import ranks
 
 pytestmark = pytest.mark.gloo
 

@@ -177,9 +177,7 @@ def test_the_reference_imports_neither_megatron_core_nor_deepspeed() -> None:
         "print([m for m in sys.modules if m.startswith(('megatron', 'deepspeed', 'parallel'))])"
     )
     raw = subject_of(Case()).config.model_dump(mode="json")
-    model = (
-        "ModelConfig(90, 2, 32, 4, 2, 48, 8, memory=FamMemory(slots=4, window=1), init_std=0.2)"
-    )
+    model = "ModelConfig(90, 2, 32, 4, 2, 48, 8, memory=FamMemory(slots=4, window=1), init_std=0.2)"
     printed = subprocess.run(
         [sys.executable, "-c", program, repr(raw), model],
         cwd=Path(__file__).parents[2],

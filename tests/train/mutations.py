@@ -255,7 +255,7 @@ MUTATIONS = {
         functools.partial(detached, True),
         SEVERAL | FAM,
         {"gradient"},
-        {"model.memory=fam", "data.sample_len=64"},
+        {"model.memory=fam", "data.sample_len (several segments)"},
         "memory.parts.fam.prompt",
     ),
     "detached": Mutation(
@@ -263,7 +263,7 @@ MUTATIONS = {
         functools.partial(detached, False),
         SEVERAL | FAM,
         {"slope"},
-        {"model.memory=fam", "data.sample_len=64"},
+        {"model.memory=fam", "data.sample_len (several segments)"},
         "memory.parts.fam.prompt",
     ),
     "not-carried": Mutation(

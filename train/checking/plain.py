@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.init import Shape, Take, initial_value, initialise
 from model.lora import B
-from model.memory.base import detach
+from model.memory.base import Carried, detach
 from train.checking.batches import make_batches
 from train.curriculum import cut_documents, segment_limit
 from train.schedule import learning_rate
@@ -47,7 +47,8 @@ def train(config: Config, model_config: ModelConfig, dtype: torch.dtype) -> Trai
     wide = torch.promote_types(dtype, torch.float32)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(trained, config, wide)
-    state, passed, steps = None, None, []
+    state: Carried | None = None
+    passed, steps = None, []
     for number, batch in enumerate(make_batches(config)):
         starts = cut_documents(batch.starts, segment_limit(config, number))
         scale = scale_of(batch, wide)
@@ -71,6 +72,7 @@ def train(config: Config, model_config: ModelConfig, dtype: torch.dtype) -> Trai
                 p.grad = None
             loss += output.loss.item()
             state = detach(output.state)
+        assert state is not None
         if config.model.memory.state_passing:  # always, in a shrunk configuration
             passed = model.memory.handed_on(state)
         norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt().item()

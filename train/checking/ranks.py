@@ -96,9 +96,10 @@ def _rank(
 def _join(rank: int, size: int, store: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    files = dist.FileStore(store, size)  # type: ignore[attr-defined]  # the stub lacks it
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, size),
+        store=files,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=TIMEOUT_S / 2),

@@ -81,7 +81,9 @@ def _tables(comparison: Comparison, own: list[Difference]) -> list[str]:
     found = [*comparison.differences, *own]
     by_kind = [[each for each in found if each.kind == kind] for kind in ONCE]
     lines = _table([_worst(some) for some in by_kind if some])
-    lines += [f"  {'each parameter':{WIDTH}} {'gradient':>9} {'limit':>8} {'weight':>9} {'limit':>8}"]
+    lines += [
+        f"  {'each parameter':{WIDTH}} {'gradient':>9} {'limit':>8} {'weight':>9} {'limit':>8}"
+    ]
     gradients, weights = (_by_name(found, kind) for kind in ("gradient", "weight"))
     for name, weight in weights.items():
         gradient = gradients.get(name)

@@ -11,7 +11,8 @@ import torch
 from model.config import ModelConfig
 from train.checking.batches import make_batches
 from train.checking.plain import begin, scale_of, windows
-from train.curriculum import cut_documents, segment_limit
+from train.checking.shrink import STEPS
+from train.curriculum import segment_limit
 from train.settings.config import Config
 
 STEP = 1e-5
@@ -23,18 +24,18 @@ TOLERANCE = 1e-5
 def slope_errors(config: Config, model_config: ModelConfig) -> dict[str, float]:
     """Return by parameter how far its gradient is from the slope, along one random direction.
 
-    Of the second step's first BPTT window, which has a memory behind it; float64. Relative to the
-    slope that a gradient of this size has along a random direction.
+    Of the first BPTT window of the first step in which documents are whole (a curriculum's first
+    ones cut the memory); float64. Relative to the slope that a gradient of this size has along a
+    random direction.
     """
     model = begin(config, model_config, torch.float64)
-    batch = make_batches(config)[0]
-    window, number = windows(config)[0], 0
-    starts = cut_documents(batch.starts, segment_limit(config, number))
+    number = next(step for step in range(STEPS) if segment_limit(config, step) is None)
+    batch, window = make_batches(config)[number], windows(config)[0]
 
     def loss() -> torch.Tensor:
         output = model(
             batch.tokens[:, window],
-            starts[:, window],
+            batch.starts[:, window],
             None,
             labels=batch.labels[:, window],
             scale=scale_of(batch, torch.float64),
@@ -52,11 +53,11 @@ def slope_errors(config: Config, model_config: ModelConfig) -> dict[str, float]:
         way = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         size = STEP * float(parameter.detach().square().mean().sqrt().clamp(min=1e-2))
         with torch.no_grad():
-            parameter += size * way
+            parameter.add_(way, alpha=size)
             above = loss().item()
-            parameter -= 2 * size * way
+            parameter.sub_(way, alpha=2 * size)
             below = loss().item()
-            parameter += size * way
+            parameter.add_(way, alpha=size)
             slope, gradient = (above - below) / (2 * size), parameter.grad
             usual = float(gradient.norm() * way.norm()) / parameter.numel() ** 0.5
             apart = abs(slope - float((gradient * way).sum()))

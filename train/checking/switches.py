@@ -21,8 +21,10 @@ class Switch(NamedTuple):
         """Return it as in a configuration: parallel.cp=2."""
         if self.key.startswith("model.memory.") and self.off is None:
             return f"model.memory={self.value}"
-        if self.key == "model.lora":
+        if self.key in ("model.lora", "train.curriculum"):
             return self.key
+        if self.key == "data.sample_len":
+            return "data.sample_len (several segments)"
         if isinstance(self.value, bool | None):
             return f"{self.key}={str(self.value).lower()}"
         return f"{self.key}={self.value}"
