@@ -52,8 +52,9 @@ class Difference(NamedTuple):
         layer = re.search(r"\bblocks\.(\d+)\.", self.name)
         of = f" of {self.name}" + (f" (layer {layer[1]})" if layer else "") if self.name else ""
         when = "after three steps" if self.kind == "weight" else f"step {self.step + 1}"
-        what = "gradient, by the loss's slope," if self.kind == "slope" else self.kind
-        return f"{what}{of}, {when}"
+        if self.kind == "slope":
+            return f"gradient beside the loss's slope{of}"
+        return f"{self.kind}{of}, {when}"
 
 
 def compare(

@@ -12,7 +12,7 @@ from train.settings.config import Config
 ONCE = ("loss", "gradient norm", "exchange", "slope")
 """Kinds of which the worst is shown; of parameters each."""
 
-WIDTH = 72
+WIDTH = 82
 """Columns of a name."""
 
 
