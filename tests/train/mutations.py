@@ -1,6 +1,6 @@
 """Bugs that others have shipped, planted: what `longhaul check` must find and name.
 
-    python -m tests.train.mutations docs/check.md      runs all, writes the table of what was found
+    python -m tests.train.mutations docs/check.md      runs all, writes what was found into it
 
 Each is planted in this process; ranks and the plain process are forks of it. What the plain process
 shares (the model) is planted where only ranks use it, but for the detach, which is in both.
@@ -30,8 +30,9 @@ from parallel.slicing import take_slice
 from parallel.zero import ZeroEngine
 from train.build import Built
 from train.checking.check import Report, check
+from train.checking.compare import FLOORS
 from train.checking.report import worst_of
-from train.settings.config import Config, validate
+from train.settings.config import Config, load, validate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -272,7 +273,7 @@ MUTATIONS = {
 }
 
 
-def table() -> str:
+def mutation_table() -> str:
     """Run every mutation and return what the check says of it, as a markdown table."""
     lines = [
         "| planted | furthest off | relative error | what breaks it |",
@@ -288,10 +289,32 @@ def table() -> str:
     return "\n".join(lines)
 
 
-BEGIN, END = "<!-- mutations -->\n", "\n<!-- end -->"
+def shipped_table() -> str:
+    """Check every shipped configuration and return its errors, as a markdown table."""
+    lines = [
+        "| configuration | checked as | loss | norm | gradients | weights |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for path in sorted(Path("configs").glob("*.yaml")):
+        report = check(load(path), 4, lambda line: None)
+        assert report.passes, path
+        for comparison in report.comparisons:
+            some = comparison.differences
+            errors = [max(e.error for e in some if e.kind == kind) for kind in FLOORS]
+            numbers = " | ".join(f"{error:.1e}" for error in errors)
+            lines.append(f"| {path.stem} | {comparison.subject.describe()} | {numbers} |")
+            print(lines[-1], f"{report.seconds:.0f} s", flush=True)
+    return "\n".join(lines)
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return the page with text between the marks of that name."""
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, _, rest = page.partition(begin)
+    return before + begin + text + "\n" + end + rest.partition(end)[2]
 
 
 if __name__ == "__main__":
     page = Path(sys.argv[1])
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
+    text = put(page.read_text(), "mutations", mutation_table())
+    page.write_text(put(text, "shipped", shipped_table()))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from model.config import VOCAB_MULTIPLE
 from train.settings.config import Config, validate
-from train.settings.memories import describe_memory
 
 SEGMENT_LEN = 16
 SEGMENTS = 4
@@ -48,8 +47,7 @@ class Subject(NamedTuple):
         ring = f" ({parallel.attention}, {parallel.layout})" if parallel.cp > 1 else ""
         return (
             f"TP {parallel.tp}{scattered} x CP {parallel.cp}{ring} x DP {self.dp}, ZeRO"
-            f" {parallel.zero}, memory {describe_memory(config.model.memory)},"
-            f" {config.train.precision}"
+            f" {parallel.zero}, memory {config.model.memory.name}, {config.train.precision}"
         )
 
 
