@@ -94,8 +94,9 @@ PACKED = [
     Case(packed=True, dp=2, cp=2, memory="window", stage=3, exchange="all_gather"),
 ]
 
-ROUNDING = 5
-"""Times contract 1, at most, that rounding is granted where one process has it too."""
+ROUNDING = 8
+"""Times contract 1, at most, that rounding is granted where one process has it too (5 for infini's
+gates, 1 to 2 for most)."""
 
 
 def marked(cases: list[Case]) -> list[Any]:

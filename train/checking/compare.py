@@ -22,6 +22,12 @@ Three steps move weights by about 1e-2 of their size, so theirs is 2e-4 of the w
 NOISE = 5.0
 """Times what one process loses by its type of number: sums in another order lose no more."""
 
+OF_NORM, OF_WHOLE = 1e-5, 1e-2
+"""Of the gradient's norm, and of the tensor that it is a part of: errors are at least relative to.
+
+Some gradients are 0 by mathematics, as that of a bias under a softmax; what they have is rounding
+of larger numbers. Others are a hundred times larger than these bounds and more."""
+
 Key = tuple[str, str, int]
 """Of a quantity: its kind, its name and the step."""
 
@@ -73,10 +79,11 @@ def compare(
     ]
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
+def relative(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """Return max |actual - expected| / max |expected|, the former alone where the latter is 0.
 
-    NaN anywhere gives NaN, which passes no comparison. Raises ValueError for unequal shapes.
+    least: of the divisor. NaN anywhere gives NaN, which passes no comparison. Raises ValueError for
+    unequal shapes.
     """
     actual, expected = actual.detach(), expected.detach()
     if actual.shape != expected.shape:
@@ -87,7 +94,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     if not wide.is_floating_point:
         wide = torch.float64
     apart = (actual.to(wide) - expected.to(wide)).abs().max()
-    size = expected.to(wide).abs().max()
+    size = expected.to(wide).abs().max().clamp(min=least)
     return float(apart / size if size > 0 else apart)
 
 
@@ -95,14 +102,18 @@ def _errors(actual: Trained, expected: Trained, config: ModelConfig) -> Iterator
     for number, (step, plain) in enumerate(zip(actual.steps, expected.steps, strict=True)):
         yield ("loss", "", number), abs(step.loss / plain.loss - 1)
         yield ("gradient norm", "", number), abs(step.grad_norm / plain.grad_norm - 1)
-        for name, error in _of_each(step.gradients, plain.gradients, config):
+        least = OF_NORM * plain.grad_norm
+        for name, error in _of_each(step.gradients, plain.gradients, config, least):
             yield ("gradient", name, number), error
     for name, error in _of_each(actual.weights, expected.weights, config):
         yield ("weight", name, len(expected.steps) - 1), error
 
 
 def _of_each(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], config: ModelConfig
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    config: ModelConfig,
+    least: float = 0.0,
 ) -> Iterator[tuple[str, float]]:
     """Yield (name, error) of tensors [replicas, ...] or [...] against [...], part by part."""
     if actual.keys() != expected.keys():
@@ -111,9 +122,10 @@ def _of_each(
         mine = actual[name].expand(actual[name].shape[:1] + whole.shape).to(whole.dtype)
         if actual[name].dim() == whole.dim():
             mine = actual[name].unsqueeze(0).to(whole.dtype)
+        size = max(least, OF_WHOLE * float(whole.abs().max()))
         for part, there in _parts(name, whole, 0, config).items():
             here = _parts(name, mine, 1, config)[part]
-            yield part, relative(here, there.expand_as(here))
+            yield part, relative(here, there.expand_as(here), size)
 
 
 def _parts(name: str, x: Tensor, dim: int, config: ModelConfig) -> dict[str, Tensor]:

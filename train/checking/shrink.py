@@ -24,9 +24,10 @@ INIT_STD = {"rmt": 0.1, "armt": 0.05, "hmt": 0.1}
 
 MOST = {
     "slots": 4, "latents": 3, "bank": SEGMENTS, "sensory": 2, "search_dim": 4, "key_dim": 4,
-    "segments": 2, "window": 2, "block": 2, "retrieve": 2, "search_from": 1,
+    "segments": 2, "window": 2, "block": 2, "retrieve": 2, "search_from": 1, "beta": 2.0,
 }  # fmt: skip
-"""Of a memory's options. Blocks of 2 fit every slice; a search from step 1 has both stages."""
+"""Of a memory's options. Blocks of 2 fit every slice; a search from step 1 has both stages; a
+sharper latch makes a hundred times more of rounding, which would hide what is small."""
 
 
 class Subject(NamedTuple):
