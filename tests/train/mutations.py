@@ -1,7 +1,5 @@
 """Bugs that others have shipped, planted: what `longhaul check` must find and name.
 
-    python -m tests.train.mutations docs/check.md      runs all, writes what was found into it
-
 Each is planted in this process; ranks and the plain process are forks of it. What the plain process
 shares (the model) is planted where only ranks use it, but for the detach, which is in both.
 """
@@ -9,9 +7,7 @@ shares (the model) is planted where only ranks use it, but for the detach, which
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,9 +26,7 @@ from parallel.slicing import take_slice
 from parallel.zero import ZeroEngine
 from train.build import Built
 from train.checking.check import Report, check
-from train.checking.compare import FLOORS
-from train.checking.report import worst_of
-from train.settings.config import Config, load, validate
+from train.settings.config import Config, validate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -271,50 +265,3 @@ MUTATIONS = {
         "memory lost from step to step", memory_not_carried, FAM, {"loss"}, {"model.memory=fam"}
     ),
 }
-
-
-def mutation_table() -> str:
-    """Run every mutation and return what the check says of it, as a markdown table."""
-    lines = [
-        "| planted | furthest off | relative error | what breaks it |",
-        "| --- | --- | --- | --- |",
-    ]
-    for mutation in MUTATIONS.values():
-        report = find(mutation)
-        worst, named = worst_of(report), report.switches
-        assert worst is not None and named is not None, mutation.about
-        switches = " with ".join(f"`{switch.describe()}`" for switch in named)
-        lines.append(f"| {mutation.about} | {worst.describe()} | {worst.error:.1e} | {switches} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
-def shipped_table() -> str:
-    """Check every shipped configuration and return its errors, as a markdown table."""
-    lines = [
-        "| configuration | checked as | loss | norm | gradients | weights |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for path in sorted(Path("configs").glob("*.yaml")):
-        report = check(load(path), 4, lambda line: None)
-        assert report.passes, path
-        for comparison in report.comparisons:
-            some = comparison.differences
-            errors = [max(e.error for e in some if e.kind == kind) for kind in FLOORS]
-            numbers = " | ".join(f"{error:.1e}" for error in errors)
-            lines.append(f"| {path.stem} | {comparison.subject.describe()} | {numbers} |")
-            print(lines[-1], f"{report.seconds:.0f} s", flush=True)
-    return "\n".join(lines)
-
-
-def put(page: str, name: str, text: str) -> str:
-    """Return the page with text between the marks of that name."""
-    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
-    before, _, rest = page.partition(begin)
-    return before + begin + text + "\n" + end + rest.partition(end)[2]
-
-
-if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    text = put(page.read_text(), "mutations", mutation_table())
-    page.write_text(put(text, "shipped", shipped_table()))

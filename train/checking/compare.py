@@ -119,9 +119,8 @@ def _of_each(
     if actual.keys() != expected.keys():
         raise ValueError(f"parameters differ: {sorted(actual.keys() ^ expected.keys())}")
     for name, whole in expected.items():
-        mine = actual[name].expand(actual[name].shape[:1] + whole.shape).to(whole.dtype)
-        if actual[name].dim() == whole.dim():
-            mine = actual[name].unsqueeze(0).to(whole.dtype)
+        mine = actual[name].to(whole.dtype)
+        mine = mine if mine.dim() > whole.dim() else mine.unsqueeze(0)
         size = max(least, OF_WHOLE * float(whole.abs().max()))
         for part, there in _parts(name, whole, 0, config).items():
             here = _parts(name, mine, 1, config)[part]

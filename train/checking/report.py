@@ -6,7 +6,8 @@ from typing import Any
 
 from train.checking.check import Comparison, Report
 from train.checking.compare import Difference
-from train.checking.shrink import changes
+from train.checking.shrink import Subject, changes
+from train.checking.switches import Switch
 from train.settings.config import Config
 
 ONCE = ("loss", "gradient norm", "exchange", "slope")
@@ -54,13 +55,35 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def worst_of(report: Report) -> Difference | None:
-    """Return what is furthest out of tolerance; None where a rank failed before it could tell."""
+def first_off(report: Report) -> Difference | None:
+    """Return what was out of tolerance first: the rest may follow from it.
+
+    By step, then the ring alone, loss, gradient, norm, weight; of these the furthest. None where
+    nothing is, or a rank failed before it could tell.
+    """
+    order = ["slope", "exchange", "loss", "gradient", "gradient norm", "weight"]
     last = report.comparisons[-1].differences if report.comparisons else report.own
-    return _worst(last) if last else None
+    return min(
+        (each for each in last if not each.passes),
+        key=lambda each: (each.step, order.index(each.kind), -each.excess),
+        default=None,
+    )
 
 
-def _changed(config: Config, subject: Any) -> dict[str, Any]:
+def parameter_off(report: Report) -> Difference | None:
+    """Return the parameter whose gradient is furthest out of tolerance, in the first such step."""
+    last = report.comparisons[-1].differences if report.comparisons else report.own
+    off = [each for each in last if each.kind in ("gradient", "slope") and not each.passes]
+    return min(off, key=lambda each: (each.step, -each.excess), default=None)
+
+
+def name_switches(switches: list[Switch]) -> str:
+    """Return them as text: the first with the others."""
+    first, *rest = (switch.describe() for switch in switches)
+    return first + (f" with {' and '.join(rest)}" if rest else "")
+
+
+def _changed(config: Config, subject: Subject) -> dict[str, Any]:
     return {key: [was, now] for key, was, now in changes(config, subject)}
 
 
@@ -122,18 +145,23 @@ def _worst(some: list[Difference]) -> Difference:
 def _verdict(report: Report) -> list[str]:
     if report.passes:
         return [f"equal to one plain process within tolerance ({report.seconds:.0f} s)"]
-    worst = worst_of(report)
-    what = "a rank failed (its traceback is above)"
-    if worst is not None:
-        what = (
-            f"{worst.describe()}: relative error {worst.error:.1e}, tolerance {worst.tolerance:.1e}"
-        )
-    lines = [f"NOT EQUAL to one plain process ({report.seconds:.0f} s): {what}"]
+    lines = [f"NOT EQUAL to one plain process ({report.seconds:.0f} s)"]
+    first, parameter = first_off(report), parameter_off(report)
+    if first is None:
+        lines.append("  what is off: a rank failed, its traceback is above")
+    else:
+        lines.append(f"  what is off first: {_found(first)}")
+        if parameter is not None and parameter != first:
+            lines.append(f"  the parameter furthest off: {_found(parameter)}")
     if not report.switches:
-        return [*lines, "it breaks with every switch off: in the model or the engine itself"]
-    names = " with ".join(switch.describe() for switch in report.switches)
+        return [*lines, "  it breaks with every switch off: in the model or the engine itself"]
     rest = "without it" if len(report.switches) == 1 else "without any one of them"
-    return [*lines, f"what breaks it: {names} ({rest} it is equal)"]
+    names = name_switches(report.switches)
+    return [*lines, f"  what breaks it: {names} ({rest} it is equal)"]
+
+
+def _found(each: Difference) -> str:
+    return f"{each.describe()}: relative error {each.error:.1e}, tolerance {each.tolerance:.0e}"
 
 
 def _row(each: Difference) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def check(
     from train.settings.config import load
 
     config = load(file, overrides or ())
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # processes are forked, which a used GPU forbids
+    # On the CPU whatever the machine has: processes are forked, which a used GPU forbids.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     quieten_libraries()
     import json
 
