@@ -8,21 +8,22 @@ from pathlib import Path
 from tests.train.mutations import MUTATIONS, find
 from train.checking.check import check
 from train.checking.compare import FLOORS
-from train.checking.report import first_off, name_switches
+from train.checking.report import first_off, name_switches, parameter_off
 from train.settings.config import load
 
 
 def mutation_table() -> str:
     """Run every mutation and return what the check says of it, as a markdown table."""
     lines = [
-        "| planted | what is off first | error | what breaks it |",
-        "| --- | --- | --- | --- |",
+        "| planted | what is off first | error | parameter furthest off | what breaks it |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for mutation in MUTATIONS.values():
         report = find(mutation)
-        first, named = first_off(report), report.switches
+        first, parameter, named = first_off(report), parameter_off(report), report.switches
         assert first is not None and named, mutation.about
-        cells = (mutation.about, first.describe(), f"{first.error:.1e}", name_switches(named))
+        cells = [mutation.about, first.describe(), f"{first.error:.1e}"]
+        cells += [parameter.name if parameter else "", name_switches(named)]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines)

@@ -72,8 +72,8 @@ def train(config: Config, model_config: ModelConfig, dtype: torch.dtype) -> Trai
                 p.grad = None
             loss += output.loss.item()
             state = detach(output.state)
-        assert state is not None
         if config.model.memory.state_passing:  # always, in a shrunk configuration
+            assert state is not None
             passed = model.memory.handed_on(state)
         norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt().item()
         steps.append(Step(loss, norm, gradients))
