@@ -22,7 +22,7 @@ SIZES = {
     *("ffn_size", "init_std", "sliding_window", "init_from", "rank", "alpha", *MOST),
     *("segment_len", "sample_len", "tp", "cp", "timeout_s", "steps", "batch_size", "micro_batch"),
     *("bptt_len", "loss_chunk", "ffn_chunk", "lr", "min_lr", "warmup_steps", "decay_steps"),
-    *("eps", "clip", "random_state_passing", "until", "segments"),
+    *("eps", "clip", "compile", "random_state_passing", "until", "segments"),
 }
 """What shrinking may change; all else is a switch."""
 

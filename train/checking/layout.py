@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from data.streams import Batch
 from model.config import ModelConfig
+from parallel.engine import Engine
 from parallel.mesh import Mesh, build_mesh
 from parallel.tensor import Cut, cut_of
-from parallel.zero import ZeroEngine
+from parallel.whole import WholeEngine
 from train.build import Built, build
 from train.checking.batches import make_batches, take_lanes
 from train.checking.plain import Step, Trained, enliven
@@ -90,8 +91,8 @@ def _train_on_a_rank(subject: Subject, model_config: ModelConfig) -> _Share:
 
     built = build(config, model_config, mesh, fill, cut_above=CUT_ABOVE)
     cuts = {name: cut_of(p) for name, p in built.model.named_parameters()}
-    recorder = _Recorder(built)
-    recording = built._replace(engine=cast(ZeroEngine, recorder))
+    recorder = _Recorder(built, mesh)
+    recording = built._replace(engine=cast(Engine, recorder))
     batches = [_own(batch, subject, mesh) for batch in make_batches(config)]
     results = list(train_steps(config, recording, mesh, TrainState(), batches))
     return _Share(
@@ -114,10 +115,9 @@ def _own(batch: Batch, subject: Subject, mesh: Mesh) -> list[Batch]:
 class _Recorder:
     """An engine that keeps the gradients of every step, whole over its ranks, before it steps."""
 
-    def __init__(self, built: Built) -> None:
-        self.engine = built.engine
-        parameters = built.model.named_parameters()
-        self.trained = {name: p for name, p in parameters if p.requires_grad}
+    def __init__(self, built: Built, mesh: Mesh) -> None:
+        self.engine, self.mesh = built.engine, mesh
+        self.parameters = dict(built.model.named_parameters())
         self.gradients: list[dict[str, Tensor]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,30 +127,36 @@ class _Recorder:
         self.engine.backward(loss, last=last)
 
     def step(self, lr: float) -> float | None:
-        from deepspeed.utils import safe_get_full_grad
-
-        # The whole of a parameter in each rank's hands: every rank asks in the same order.
-        found = {name: safe_get_full_grad(p).clone() for name, p in self.trained.items()}
-        self.gradients.append(found)
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        # Every rank asks in the same order: under ZeRO each answer is put together from all.
+        self.gradients.append({name: self._gradient(name, p) for name, p in trained.items()})
         return self.engine.step(lr)
 
+    def _gradient(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Return a whole gradient, float32; 0 where the step has none."""
+        from deepspeed.utils import safe_get_full_grad
+
+        if isinstance(self.engine, WholeEngine):
+            master = self.engine.masters[name]
+            return torch.zeros_like(master) if master.grad is None else master.grad.clone()
+        found: Tensor = safe_get_full_grad(parameter).clone()
+        return found
+
     def weights(self) -> dict[str, Tensor]:
-        """Return masters, and weights that are frozen, this tensor-parallel rank's part."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        found = {name: safe_get_full_fp32_param(p).clone() for name, p in self.trained.items()}
-        return found | self._frozen()
-
-    def _frozen(self) -> dict[str, Tensor]:
-        """Return what is frozen, joined from the ranks' shares."""
-        mesh = self.engine.mesh
-        mine = [(f.name, f.values["master"].clone()) for f in self.engine.frozen_fragments()]
-        ranks: list[Any] = [None] * mesh.zero_size
-        dist.all_gather_object(ranks, mine, group=mesh.zero_group)
-        shares: dict[str, list[Tensor]] = {}
-        for name, share in (pair for rank in ranks for pair in rank):
-            shares.setdefault(name, []).append(share)
+        """Return masters, and weights that are frozen, joined from the ranks' shares."""
+        mine = [(f.name, f.start, f.values["master"].clone()) for f in self.engine.fragments()]
+        ranks: list[Any] = [None] * self.mesh.zero_size
+        dist.all_gather_object(ranks, mine, group=self.mesh.zero_group)
+        shares: dict[str, dict[int, Tensor]] = {name: {} for name in self.parameters}
+        for name, start, share in (fragment for rank in ranks for fragment in rank):
+            shares[name][start] = share
         return {
-            name: torch.cat(shares[name]).view(getattr(p, "ds_shape", p.shape))
-            for name, p in self.engine.frozen.items()
+            name: torch.cat([parts[start] for start in sorted(parts)]).view(self._shape(name))
+            for name, parts in shares.items()
         }
+
+    def _shape(self, name: str) -> torch.Size:
+        """Return a parameter's shape, which stage 3 keeps beside it."""
+        parameter: Any = self.parameters[name]
+        shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+        return shape

@@ -166,6 +166,7 @@ def _train(config: Config, dp: int) -> dict[str, Any]:
         "min_lr": 1e-3 if train.min_lr else 0.0,
         "warmup_steps": 0,
         "decay_steps": 2 if train.schedule == "wsd" else None,
+        "compile": False,  # in a forked process the compiler's own do not answer
         # With Adam's usual 1e-8 a gradient that is 0 but for rounding would move its weight by the
         # sign of the rounding.
         "eps": 1e-3,
