@@ -1,9 +1,12 @@
 """What `longhaul check` compares, what it calls rounding, and how it tells the rest."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import typer
 
 from tests.train.mutations import config_of
 from train.build import to_model_config
@@ -14,6 +17,7 @@ from train.checking.plain import Step, Trained, begin
 from train.checking.report import as_json, as_text, first_off, parameter_off
 from train.checking.shrink import Subject, shrink
 from train.checking.switches import Switch
+from train.commands.check import check as command
 
 
 def trained(subject: Subject, dtype: torch.dtype) -> Trained:
@@ -143,3 +147,20 @@ def test_what_is_told_first_is_what_the_rest_may_follow_from() -> None:
     wrong_loss = [*differences, Difference("loss", "", 0, 1e-2, 1e-6)]
     first = first_off(report._replace(comparisons=[Comparison(SUBJECT, wrong_loss)]))
     assert first is not None and first.kind == "loss"
+
+
+@pytest.mark.parametrize(("switches", "code"), [(None, 0), ([Switch("dp", 2, 1)], 1)])
+def test_the_exit_code_says_whether_it_is_equal(
+    switches: list[Switch] | None, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # the command sets them
+    error = 0.0 if switches is None else float("nan")
+    comparison = Comparison(SUBJECT, [Difference("loss", "", 0, error, 1e-6)])
+    report = Report(SUBJECT.config, [], [comparison], switches, 1.0)
+    monkeypatch.setattr("train.checking.check.check", lambda *args: report)
+    with pytest.raises(typer.Exit) as end:
+        command(Path(__file__).parents[2] / "configs/quickstart.yaml", as_json=True)
+    assert end.value.exit_code == code
+    (told,) = as_json(report)["comparisons"][0]["differences"]
+    assert told["error"] == (0.0 if switches is None else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from train.checking.check import Comparison, Report
@@ -165,4 +166,5 @@ def _found(each: Difference) -> str:
 
 
 def _row(each: Difference) -> dict[str, Any]:
-    return {**each._asdict(), "passes": each.passes}
+    error = each.error if math.isfinite(each.error) else None  # JSON has no NaN
+    return {**each._asdict(), "error": error, "passes": each.passes}
