@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.commands.check import check
 from train.commands.checkpoint import checkpoint
 from train.commands.data import data
 from train.commands.export import export_model
@@ -349,6 +350,7 @@ def evaluate(
     raise typer.Exit(code)
 
 
+app.command()(check)
 app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)

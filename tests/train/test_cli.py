@@ -28,7 +28,8 @@ main()
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["import"], ["export"]]
+    "command",
+    [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["check"], ["import"], ["export"]],
 )
 def test_help_teaches_and_imports_nothing_heavy(command: list[str]) -> None:
     code = (
@@ -51,6 +52,7 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "pretrain",
         "config",
         "evaluate",
+        "check",
         "generate",
         "import",
         "export",
