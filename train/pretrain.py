@@ -28,7 +28,7 @@ from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.reading import choose_reading, model_vocab_size
 from train.settings.config import Config, dump
-from train.signals import StopRequest
+from train.signals import StopAgreed, StopRequest
 from train.starting.fork import read_parent
 from train.starting.init_from import Start, describe_start, take_weights, verify_together
 from train.starting.inputs import Inputs
@@ -121,9 +121,7 @@ class Pretraining:
             self.folder.save_now(state)
             self.folder.ledger.close()  # not after an error: a save may still run beside it
             self._tell_saved()
-            if finished:
-                self._finish(state)
-            else:
+            if not (finished and self._finish(state)):
                 self.status = "SCHEDULED"
                 self.tracker.event(f"stopped by {self.stop.received or 'another rank'}", state.step)
                 self.progress.say(
@@ -135,6 +133,9 @@ class Pretraining:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
         reading = choose_reading(config, self.built.model.config.vocab_size)
+        steps = max(0, config.train.steps - state.step)
+        if self.folder.owes_evaluation(state.step) and not self._evaluate(state.step):
+            return False
         with contextlib.closing(
             load(
                 self.inputs.train,
@@ -144,12 +145,14 @@ class Pretraining:
                 dp_size=self.mesh.dp,
                 micro_batch=config.train.micro_batch,
                 workers=config.data.workers,
-                steps=max(0, config.train.steps - state.step),
+                steps=steps,
+                stopped=self.stop.asked,
             )
         ) as batches:
             began = time.perf_counter()
+            agreed = self.stop.until_agreed(batches, steps, self.mesh.device)
             read = self.folder.ledger.recording(
-                [reading.prepare(batch) for batch in step] for step in batches
+                [reading.prepare(batch) for batch in step] for step in agreed
             )
             for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
@@ -161,11 +164,20 @@ class Pretraining:
                 if state.step == config.train.steps:
                     break  # the last evaluation is `_finish`'s
                 every = config.train.eval_every
-                if self.held_out and every and state.step % every == 0:
-                    self.held_out.evaluate(state.step, compare=config.train.eval_compare)
-                if self.stop.agreed(self.mesh.device):
+                if every and state.step % every == 0 and not self._evaluate(state.step):
                     return False
                 began = time.perf_counter()
+        return state.step >= config.train.steps
+
+    def _evaluate(self, step: int) -> bool:
+        """Evaluate; return False where the ranks were asked to stop: the next attempt does it."""
+        if self.held_out is None:
+            return True
+        try:
+            self.held_out.evaluate(step, compare=self.config.train.eval_compare)
+        except StopAgreed:
+            self.folder.owe_evaluation(step)
+            return False
         return True
 
     def _record(self, state: TrainState, result: StepResult, seconds: float) -> None:
@@ -241,11 +253,15 @@ class Pretraining:
         self.progress.say(f"saved {save.path} in {save.seconds:.2f} s")
         self.tracker.metrics({"save_s": save.seconds}, save.step)
 
-    def _finish(self, state: TrainState) -> None:
+    def _finish(self, state: TrainState) -> bool:
+        """Evaluate and sum up; return False where the ranks were asked to stop before."""
         held_out = self.held_out
-        evaluation = held_out.evaluate(state.step, compare=True) if held_out else None
+        try:
+            evaluation = held_out.evaluate(state.step, compare=True) if held_out else None
+        except StopAgreed:
+            return False
         if not self.first:
-            return
+            return True
         history = self.folder.history()
         picture = plot(
             self.folder.path, history=history, evaluation=evaluation, title=self._title()
@@ -265,12 +281,13 @@ class Pretraining:
             continue_command=continue_command(steps=2 * self.config.train.steps),
         )
         self.progress.say(text)
+        return True
 
     def _open_held_out(self) -> HeldOut | None:
         if self.inputs.valid is None:
             return None
         shared = (self.inputs.valid, self.built, self.mesh, self.tracker, self.progress.say)
-        return HeldOut(self.config, *shared)
+        return HeldOut(self.config, *shared, lambda: self.stop.check(self.mesh.device))
 
     def _open_tracker(self, stack: contextlib.ExitStack) -> Tracker | NoTracker:
         tracking = self.config.tracking
