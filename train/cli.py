@@ -13,12 +13,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.cluster.failure import REFUSED, tell_launcher
 from train.commands.checkpoint import checkpoint
 from train.commands.data import data
 from train.commands.export import export_model
 from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
+from train.commands.preflight import preflight
 from train.starting.provenance import PACKAGES, check_provenance
 
 app = typer.Typer(
@@ -353,6 +355,7 @@ app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
+app.command()(preflight)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint)
 
@@ -362,8 +365,9 @@ def main() -> None:
     try:
         check_provenance()
         app(prog_name="longhaul")
-    except ValueError as error:
-        if not _is_ours(error):
+    except Exception as error:
+        tell_launcher(error)
+        if not (isinstance(error, ValueError) and _is_ours(error)):
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -372,7 +376,7 @@ def main() -> None:
             # Ranks of a node find the same problems in the same files, and once is enough to
             # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
-        sys.exit(2)
+        sys.exit(REFUSED)
 
 
 def _is_restart() -> bool:
@@ -384,7 +388,7 @@ def _is_restart() -> bool:
     return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
 
 
-def _is_ours(error: ValueError) -> bool:
+def _is_ours(error: Exception) -> bool:
     """Return whether our code raised it, and so worded it for the user.
 
     One out of a library keeps its traceback: it is a bug, and its text explains nothing.

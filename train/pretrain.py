@@ -21,6 +21,8 @@ from model.config import ModelConfig
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
+from train.cluster.failure import tell_stopped
+from train.cluster.lead import LeadTime
 from train.corpora import Course, start_course
 from train.evaluation.held_out import HeldOut, count_parameters, count_trained
 from train.ledger import open_ledger
@@ -96,6 +98,7 @@ class Pretraining:
         )
         self.peak = peak_flops(mesh.device, config.train.precision)
         self.status: EndStatus = "FINISHED"
+        self.lead = LeadTime(config.run_dir)
 
     def run(self) -> int:
         """Resume, train, evaluate, sum up; the checkpoint of the last step is always written."""
@@ -123,7 +126,9 @@ class Pretraining:
             self._tell_saved()
             if not (finished and self._finish(state)):
                 self.status = "SCHEDULED"
-                self.tracker.event(f"stopped by {self.stop.received or 'another rank'}", state.step)
+                by = self.stop.received or "another rank"
+                tell_stopped(by)
+                self.tracker.event(f"stopped by {by}", state.step)
                 self.progress.say(
                     f"stopped at step {state.step}, saved; continue with: {continue_command()}"
                 )
@@ -192,6 +197,7 @@ class Pretraining:
             "mfu": used,
             "time": time.time(),
         }
+        self.lead.step(seconds)
         if self.first:
             self.folder.log(row)
         due = state.step % self.config.train.log_every == 0 or state.step == 1
@@ -252,6 +258,9 @@ class Pretraining:
             return
         self.progress.say(f"saved {save.path} in {save.seconds:.2f} s")
         self.tracker.metrics({"save_s": save.seconds}, save.step)
+        if self.first and (advice := self.lead.saved(save.seconds)):
+            self.progress.say(advice)
+            self.tracker.event(advice, save.step)
 
     def _finish(self, state: TrainState) -> bool:
         """Evaluate and sum up; return False where the ranks were asked to stop before."""

@@ -1,0 +1,45 @@
+"""torchrun as a job's script starts it: `python -m train.cluster.launcher TORCHRUN_ARGS`.
+
+The same arguments and the same launch. But torchrun ends with 1 whatever its ranks ended with;
+this ends with the first failed rank's own code (128 + number for a signal), and leaves it with the
+reason in the folder that ATTEMPT_FOLDER names.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from train.cluster.failure import Failure, write_failure
+
+
+def main() -> None:
+    """Run the ranks of this node to their end."""
+    try:
+        run(parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        failures = error.failures
+        # of one second, a rank ended by a signal first: the others then lost it
+        rank = min(failures, key=lambda r: (failures[r].exitcode >= 0, failures[r].timestamp))
+        first = failures[rank]
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        failure = Failure(node, rank, first.exitcode, first.timestamp, _said(first.message))
+        print(f"longhaul: {failure.describe()}", file=sys.stderr, flush=True)
+        if folder := os.environ.get("ATTEMPT_FOLDER"):
+            write_failure(Path(folder), failure)
+        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+
+
+def _said(message: Any) -> str:
+    """Return what the rank left behind; a rank that left nothing has only torchrun's advice."""
+    return str(message["message"]) if isinstance(message, dict) else ""
+
+
+if __name__ == "__main__":
+    main()
