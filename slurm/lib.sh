@@ -1,11 +1,14 @@
 # shellcheck shell=bash
 # What every job script here needs: an environment, a launch, and a stop without loss.
 # Source it from the batch script, in the repository's root on a filesystem that all nodes see.
-# The script sets RUN_DIR, LEAD_S and, with spare nodes, TRAIN_NODES; it may add SRUN_OPTIONS.
+# The script sets RUN_DIR, LEAD_S and, if it has any, CONTAINER and (spare nodes) TRAIN_NODES.
 
 STOPPED_BY=${EARLY:-} STEP_PID='' REPEATER=''
 CANCELLED='' UNFIT='' NODES=''
 SRUN_OPTIONS=()
+if [[ -n ${CONTAINER:-} ]]; then
+  SRUN_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD" --container-workdir="$PWD")
+fi
 
 # A signal is remembered from here on; one that comes before the ranks run keeps them from starting.
 trap 'heard USR1' USR1

@@ -31,9 +31,6 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this file from its own folder
 source slurm/lib.sh
 
-if [[ -n $CONTAINER ]]; then
-  SRUN_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD" --container-workdir="$PWD")
-fi
 rank_environment
 print_versions
 run_until_done 8 longhaul pretrain configs/pretrain_8b.yaml run_dir="$RUN_DIR" "$@"

@@ -21,6 +21,7 @@ from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
 from train.commands.preflight import preflight
+from train.commands.submit import submit
 from train.starting.provenance import PACKAGES, check_provenance
 
 app = typer.Typer(
@@ -356,6 +357,7 @@ app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
 app.command()(preflight)
+app.command()(submit)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint)
 

@@ -390,7 +390,7 @@ def continue_command(steps: int | None = None) -> str:
     """Return the command line that goes on with this run, with more steps if given."""
     words = ["longhaul", *sys.argv[1:]]
     if job := os.environ.get("SLURM_JOB_NAME"):
-        words = ["sbatch", f"slurm/{job}.sh", *sys.argv[3:]]
+        words = ["sbatch", os.environ.get("JOB_SCRIPT", f"slurm/{job}.sh"), *sys.argv[3:]]
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is not None and words[0] == "longhaul":
         one_node = ["--standalone"] if local == os.environ.get("WORLD_SIZE") else []

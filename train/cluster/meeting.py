@@ -42,7 +42,8 @@ def meet(
 
     addresses: of all the job's nodes by name, in their order; here: this one's name.
     """
-    from torch.distributed.distributed_c10d import Store, TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import Store
 
     from train.cluster.ring import measure_ring
 
@@ -135,13 +136,12 @@ def _tell(
     for node, why in unfit.items():
         say(f"preflight: {node} is unfit: {why}")
     rates = sorted((rate, pair) for pair, rate in pairs.items() if rate is not None)
-    slowest = (
-        f"; all-reduce between neighbours from {rates[0][0]:.2f} GB/s ({rates[0][1].replace(' ', ' and ')})"
-        + (f" to {rates[-1][0]:.2f}")
-        if rates
-        else ""
-    )
-    say(f"preflight: {len(fit)} of {len(fit) + len(unfit)} nodes fit{slowest}")
+    said = f"preflight: {len(fit)} of {len(fit) + len(unfit)} nodes fit"
+    if rates:
+        (low, pair), (high, _) = rates[0], rates[-1]
+        between = pair.replace(" ", " and ")
+        said += f"; neighbours add up {low:.2f} ({between}) to {high:.2f} GB/s"
+    say(said)
 
 
 def _lines(path: Path) -> list[str]:
