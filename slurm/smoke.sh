@@ -25,4 +25,4 @@ fi
 export OMP_NUM_THREADS=1 # four ranks may share two cores
 rank_environment
 print_versions
-run_until_done 2 "$@"
+run_until_done "${RANKS:-2}" "$@" # on each node

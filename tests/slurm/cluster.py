@@ -110,10 +110,13 @@ class Cluster:
     ) -> None:
         self._stop()
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Return the ended command; its output is text, stderr after stdout."""
         return subprocess.run(
             command,
+            cwd=cwd,
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -201,7 +204,9 @@ class Cluster:
             )
 
     def _all_idle(self) -> bool:
-        states = self.run("sinfo", "--noheader", "--Node", "--partition=train", "--format=%T").stdout.split()
+        states = self.run(
+            "sinfo", "--noheader", "--Node", "--partition=train", "--format=%T"
+        ).stdout.split()
         return states == ["idle"] * len(self.nodes)
 
     def _stop(self) -> None:

@@ -4,6 +4,7 @@ Every rank of a job runs `python counting_ranks.py FOLDER STEPS`. It makes the s
 the bargain (USR1 forwarded, back to the queue until DONE) testable in seconds.
 """
 
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ def main() -> None:
             counter.write_text(str(step))
         if stop:
             print(f"rank {dist.get_rank()} stops at step {step}")
+            (Path(os.environ["ATTEMPT_FOLDER"]) / "stopped").touch()
             break
     dist.barrier()  # every rank has read the counter before anyone writes DONE or leaves
     if dist.get_rank() == 0 and step == steps:

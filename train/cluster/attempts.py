@@ -105,10 +105,10 @@ def end(
     row = _unended(_rows(run_dir))
     assert row is not None, f"{run_dir / ATTEMPTS} has no attempt that could end"
     stopped_by = stopped_by or _read(run_dir / FOLDER / "stopped")
-    if (run_dir / "DONE").exists() or (code == 0 and not stopped_by):
+    if (run_dir / "DONE").exists() or (code == 0 and not stopped_by and not preflight):
         _end(run_dir, row, "done", "all steps done", None)
         return Verdict("done", "all steps done")
-    if preflight:
+    if preflight and not stopped_by:
         reason = f"preflight: {preflight} not fit, and too few nodes left without"
         ended = _end(run_dir, row, "failed", reason, preflight.split(",")[0], preflight=True)
         return _judged(run_dir, ended, tuple(preflight.split(",")))

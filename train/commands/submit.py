@@ -100,7 +100,7 @@ def submit(
         answer = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
     except FileNotFoundError:
         raise ValueError(
-            f"there is no sbatch here; {script} is written: submit it in this folder, where SLURM is"
+            f"there is no sbatch here; {script} is written: submit it where SLURM is"
         ) from None
     if answer.returncode:
         raise ValueError(f"SLURM refuses {script}: {answer.stderr.strip()}")
