@@ -213,8 +213,10 @@ class Cluster:
         if self.run("scontrol", "ping").returncode == 0:
             self.run("scancel", "--user", _user())
             wait_until(lambda: not self._busy(), timeout_s=30, what="the jobs' end")
+        namespaces = self.powered.values() if self.separate else ()
         for daemon in reversed(self.daemons):
-            daemon.send_signal(signal.SIGTERM)
+            # a namespace's first process, unshare, does not hear TERM
+            daemon.send_signal(signal.SIGKILL if daemon in namespaces else signal.SIGTERM)
         for daemon in self.daemons:
             try:
                 daemon.wait(timeout=20)

@@ -19,7 +19,8 @@ def ask_to_stop(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGUSR1, ask_to_stop)  # before the slow import, or the signal is lost
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # before the slow import, or it is lost
+        signal.signal(number, ask_to_stop)
     import torch
     import torch.distributed as dist
 
