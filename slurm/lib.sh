@@ -161,10 +161,11 @@ launch() {
   NUM_NODES=$(wc -w <<<"$NODES")
   export HEAD_ADDRESS HEAD_PORT NUM_NODES RANKS_PER_NODE=$ranks
   # torchrun starts with USR1 and TERM ignored, for it would end its ranks; they set their own
-  # handlers. A node that loses its task ends the step: the others would wait in a collective.
+  # handlers. A node whose task fails ends the step: the others would wait in a collective. One that
+  # came back without it says nothing: after the first end the rest have a minute.
   # shellcheck disable=SC2016  # the variables are each node's own
   srun --nodes="$NUM_NODES" --nodelist="$(commas <<<"$NODES")" --ntasks-per-node=1 \
-    --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none --kill-on-bad-exit=1 --label \
+    --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none --kill-on-bad-exit=1 --wait=60 --label \
     "${SRUN_OPTIONS[@]}" bash -c '
       trap "" USR1 TERM
       exec python -m train.cluster.launcher --nnodes="$NUM_NODES" \

@@ -4,6 +4,7 @@ Every rank of a job runs `python counting_ranks.py FOLDER STEPS`. It makes the s
 the bargain (USR1 forwarded, back to the queue until DONE) testable in seconds.
 """
 
+import json
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ def main() -> None:
         step += 1
         if dist.get_rank() == 0:
             counter.write_text(str(step))
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "time": time.time()}) + "\n")
         if stop:
             print(f"rank {dist.get_rank()} stops at step {step}")
             (Path(os.environ["ATTEMPT_FOLDER"]) / "stopped").touch()

@@ -20,7 +20,13 @@ class Job:
     """A job of the smoke script whose run folder is `folder`."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, *words: str, ranks: int = 1, preflight: str = "no"
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *words: str,
+        ranks: int = 1,
+        preflight: str = "no",
+        **environment: str,
     ) -> None:
         """words: options of sbatch, beginning with --; then the ranks' command."""
         self.cluster, self.folder = cluster, folder
@@ -34,6 +40,7 @@ class Job:
             RUN_DIR=str(folder),
             RANKS=str(ranks),
             PREFLIGHT=preflight,
+            **environment,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from train.cluster.attempts import (
     judge,
 )
 from train.cluster.failure import FOLDER, REFUSED, Failure, write_failure
+from train.cluster.job import went_down
 
 
 def history(*steps: int, status: Status = "failed", nodes: str = "") -> list[Ended]:
@@ -93,6 +95,29 @@ def test_an_attempt_is_a_line_at_its_beginning_and_a_line_at_its_end(tmp_path: P
     assert (ended["step"], ended["status"], ended["node"]) == (12, "failed", "b")
     assert "rank 3 on b was ended by SIGKILL" in str(ended["reason"])
     assert verdict.action == "requeue"
+
+
+def test_a_rank_that_lost_another_does_not_blame_its_own_node(tmp_path: Path) -> None:
+    start(tmp_path)
+    text = "RuntimeError: Connection closed by peer [127.0.0.1]:4711"
+    write_failure(tmp_path / FOLDER, Failure("a", 0, 1, 5.0, text))
+    finish(tmp_path)
+    assert rows(tmp_path)[-1]["node"] is None
+    start(tmp_path)
+    write_failure(tmp_path / FOLDER, Failure("a", 0, 1, 5.0, text))
+    finish(tmp_path, lost=["b"])  # SLURM knows better
+    assert rows(tmp_path)[-1]["node"] == "b"
+
+
+def test_slurm_says_which_nodes_went_down() -> None:
+    nodes = (
+        "NodeName=a State=ALLOCATED SlurmdStartTime=2026-11-21T16:00:00\n"
+        "NodeName=b State=DOWN* SlurmdStartTime=2026-11-21T16:00:00\n"
+        "NodeName=c State=IDLE SlurmdStartTime=2026-11-21T17:30:00\n"
+        "NodeName=d State=IDLE SlurmdStartTime=None\n"
+    )
+    since = datetime.fromisoformat("2026-11-21T17:00:00").astimezone()
+    assert went_down(nodes, since) == ["b", "c"]
 
 
 def test_a_step_of_an_earlier_attempt_is_not_this_ones(tmp_path: Path) -> None:

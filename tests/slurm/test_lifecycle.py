@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import COUNTING_RANKS, HELD_RANKS, Job, wait_for_step
 from tests.train.attempts import finish, losses
 from tests.train.runs import write
@@ -28,8 +28,7 @@ def counting(cluster: Cluster, folder: Path, *options: str) -> Job:
 
 def let_finish(job: Job) -> None:
     """Make the counting ranks' next attempt their last one."""
-    reached = int((job.folder / "step").read_text())
-    (job.folder / "step").write_text(str(max(reached, int(MANY) - 3)))
+    (job.folder / "step").write_text(str(int(MANY) - 3))
     job.cluster.start_now(job.number)
     job.finish()
 
@@ -112,8 +111,69 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: P
     assert "stops at step" in job.log
 
 
+def test_a_node_on_which_ranks_die_twice_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    job = counting(cluster, tmp_path)
+    for number in (1, 2):
+        wait_for_step(tmp_path, 20 * number)
+        job.rank(1).send_signal(signal.SIGKILL)
+        job.wait_for_restart(number)
+        if number == 1:
+            cluster.start_now(job.number)
+    left_out = job.ends[-1]["node"]
+    assert job.ends[0]["node"] == left_out
+    wait_until(
+        lambda: cluster.job(job.number)["ExcNodeList"] == left_out, timeout_s=20, what="exclusion"
+    )
+    let_finish(job)
+    assert left_out not in job.rows[-2]["nodes"]
+
+
+def sick_node(folder: Path, node: str) -> str:
+    """Return a PATH on which one node's GPU driver fails and the others' is well."""
+    programs = folder / "programs"
+    programs.mkdir()
+    driver = programs / "nvidia-smi"
+    driver.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = {node} ] && echo Xid 79 && exit 9\n'
+        "echo 0, 0, Not Active, Not Active\n"
+    )
+    driver.chmod(0o755)
+    return f"{programs}:"
+
+
+def test_an_unfit_node_is_left_out_where_enough_remain(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(
+        cluster,
+        tmp_path,
+        *("--nodes=3", "python", COUNTING_RANKS, str(tmp_path), "3"),
+        preflight="yes",
+        TRAIN_NODES="2",
+        PATH=sick_node(tmp_path, "node1") + cluster.environment["PATH"],
+    )
+    job.finish()
+    assert "preflight: node1 is unfit: nvidia-smi failed with 9: Xid 79" in job.log
+    assert "2 of 3 nodes fit" in job.log
+    assert "rank 1 of 2 begins" in job.log
+
+
+def test_without_enough_fit_nodes_others_are_asked_for(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(
+        cluster,
+        tmp_path,
+        *("python", COUNTING_RANKS, str(tmp_path), "3"),
+        preflight="yes",
+        PATH=sick_node(tmp_path, "node1") + cluster.environment["PATH"],
+    )
+    job.wait_for_restart(1)
+    assert "preflight: node1 not fit" in job.ends[0]["reason"]
+    cluster.start_now(job.number)
+    job.finish()
+    assert "node1" not in job.rows[-2]["nodes"]
+
+
+@pytest.mark.parametrize("away_s", [3, 40], ids=["returns", "is gone"])
 def test_a_node_that_loses_power_is_named_and_the_job_goes_on(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, away_s: float
 ) -> None:
     if not cluster.separate:
         pytest.skip("nodes are no namespaces here (not root): their power cannot be cut")
@@ -121,12 +181,13 @@ def test_a_node_that_loses_power_is_named_and_the_job_goes_on(
     wait_for_step(tmp_path, 5)
     lost = job.rows[0]["nodes"][1]
     cluster.cut_power(lost)
-    job.wait_for_restart(1)
+    time.sleep(away_s)
     cluster.power_on(lost)
-    time.sleep(1)
-    (tmp_path / "step").write_text(str(int(MANY) - 3))
+    job.wait_for_restart(1, timeout_s=180)
     # not started at once: SLURM may still end what it believes to run there
-    job.finish(timeout_s=400)
+    wait_until(lambda: len(job.rows) > 2, timeout_s=300, what="the second attempt")
+    (tmp_path / "step").write_text(str(int(MANY) - 3))
+    job.finish()
     first = job.ends[0]
     assert (first["status"], first["node"]) == ("failed", lost), job.log
     assert job.ends[-1]["status"] == "done"

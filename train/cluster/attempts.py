@@ -94,13 +94,19 @@ def unended_nodes(run_dir: Path) -> tuple[list[str], str | None]:
 
 
 def end(
-    run_dir: Path, *, code: int, stopped_by: str | None, cancelled: bool, preflight: str | None
+    run_dir: Path,
+    *,
+    code: int,
+    stopped_by: str | None,
+    cancelled: bool,
+    preflight: str | None,
+    lost: Sequence[str] = (),
 ) -> Verdict:
     """Write down that the attempt ended, and return what is to be done.
 
     code: what the ranks ended with. stopped_by: the signal that the script or the ranks heard.
     cancelled: somebody cancelled the job. preflight: the nodes, with commas, without which too few
-    were left.
+    were left. lost: nodes that SLURM says went down meanwhile.
     """
     row = _unended(_rows(run_dir))
     assert row is not None, f"{run_dir / ATTEMPTS} has no attempt that could end"
@@ -117,10 +123,12 @@ def end(
         ended = _end(run_dir, row, "stopped", f"{stopped_by}{after}", None)
         return Verdict("stop", "cancelled") if cancelled else _judged(run_dir, ended)
     failure = first_failure(run_dir / FOLDER)
-    if failure is None:
+    if lost:
+        ended = _end(run_dir, row, "failed", f"node {lost[0]} went down", lost[0])
+    elif failure is None:
         ended = _end(run_dir, row, "failed", f"the ranks ended with {code}", None)
     else:
-        ended = _end(run_dir, row, "failed", failure.describe(), failure.node)
+        ended = _end(run_dir, row, "failed", failure.describe(), failure.blamed)
         if failure.code == REFUSED and ended.step == (row["from_step"] or 0):
             return Verdict("stop", f"{ended.reason}; another attempt would end the same")
     return _judged(run_dir, ended)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,10 @@ REFUSED = 2
 """Exit code of what the user must change first; before the first step, nothing else can help."""
 
 
+_LOST_PEER = re.compile(r"connection|peer|nccl|gloo|timed out", re.IGNORECASE)
+"""What a rank says that lost another one: its own node is not to blame."""
+
+
 class Failure(NamedTuple):
     """The first failure of a node's ranks."""
 
@@ -30,6 +35,12 @@ class Failure(NamedTuple):
     code: int  # as Python counts: -9 is SIGKILL
     at: float  # seconds since 1970
     message: str
+
+    @property
+    def blamed(self) -> str | None:
+        """The node, unless the failure may be another node's."""
+        lost = self.code >= 0 and _LOST_PEER.search(self.message)
+        return None if lost else self.node
 
     def describe(self) -> str:
         """Return a clause that says who ended of what."""

@@ -39,37 +39,49 @@ def main() -> None:
             stopped_by=given.stopped_by or None,
             cancelled=given.cancelled,
             preflight=given.unfit or None,
+            lost=_lost(given.run_dir),
         )
         _say(f"{verdict.action}: {verdict.reason}")
         print(verdict.action, ",".join(verdict.exclude))
 
 
 def _begin(run_dir: Path, nodes: list[str], lead_s: float | None) -> None:
-    were, since = unended_nodes(run_dir)
-    lost = [] if since is None else [node for node in were if _went_down(node, since)]
+    lost = _lost(run_dir)
     number = begin(run_dir, job=os.environ.get("SLURM_JOB_ID"), nodes=nodes, lost=lost)
     if lead_s is not None and (advice := advise(run_dir, lead_s)):
         _say(advice)
     print(number)
 
 
-def _went_down(node: str, since: str) -> bool:
-    """Return whether SLURM says that a node is down, or its daemon began after `since`."""
-    command = ["scontrol", "show", "node", "--oneliner", node]
+def _lost(run_dir: Path) -> list[str]:
+    """Return the nodes of the attempt that has not ended which SLURM says went down meanwhile."""
+    nodes, since = unended_nodes(run_dir)
+    if since is None:
+        return []
+    command = ["scontrol", "show", "node", "--oneliner", ",".join(nodes)]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return False
-    state = re.search(r"\bState=(\S+)", text)
-    if state and re.search(r"DOWN|NOT_RESPONDING|FAIL|\*", state[1]):
-        return True
-    began = re.search(r"\bSlurmdStartTime=(\S+)", text)
-    try:
-        return began is not None and datetime.fromisoformat(
-            began[1]
-        ).astimezone() > datetime.fromisoformat(since)
-    except ValueError:  # Unknown, None
-        return False
+        return []
+    return went_down(text, datetime.fromisoformat(since))
+
+
+def went_down(text: str, since: datetime) -> list[str]:
+    """Return the nodes that are down, or whose daemon began after `since`.
+
+    text: `scontrol show node --oneliner`.
+    """
+    lost = []
+    for line in text.splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        down = re.search(r"DOWN|NOT_RESPONDING|FAIL|\*", fields.get("State", ""))
+        try:
+            began = datetime.fromisoformat(fields.get("SlurmdStartTime", "")).astimezone()
+        except ValueError:  # Unknown, None
+            began = since
+        if down or began > since:
+            lost.append(fields["NodeName"])
+    return lost
 
 
 def _say(text: str) -> None:
