@@ -28,7 +28,10 @@ class Job:
         preflight: str = "no",
         **environment: str,
     ) -> None:
-        """words: options of sbatch, beginning with --; then the ranks' command."""
+        """words: options of sbatch, beginning with --; then the ranks' command.
+
+        The ranks get five minutes to stop, where the machine has much else to do.
+        """
         self.cluster, self.folder = cluster, folder
         options = [word for word in words if word.startswith("--")]
         self.number = cluster.submit(
@@ -40,7 +43,7 @@ class Job:
             RUN_DIR=str(folder),
             RANKS=str(ranks),
             PREFLIGHT=preflight,
-            **environment,
+            **{"LEAD_S": "300", **environment},
         )
 
     @property
