@@ -6,22 +6,15 @@ the bargain (USR1 forwarded, back to the queue until DONE) testable in seconds.
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
-stop_asked = False
-
-
-def ask_to_stop(number: int, frame: object) -> None:
-    global stop_asked
-    stop_asked = True
+from train.signals import StopRequest
 
 
 def main() -> None:
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # before the slow import, or it is lost
-        signal.signal(number, ask_to_stop)
+    stop = StopRequest()  # before the slow import, or the signal is lost
     import torch
     import torch.distributed as dist
 
@@ -32,14 +25,13 @@ def main() -> None:
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} begins at step {step}")
     while step < steps:
         time.sleep(0.05)
-        stop = torch.tensor(int(stop_asked))
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        stopping = stop.agreed(torch.device("cpu"))
         step += 1
         if dist.get_rank() == 0:
             counter.write_text(str(step))
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"step": step, "time": time.time()}) + "\n")
-        if stop:
+        if stopping:
             print(f"rank {dist.get_rank()} stops at step {step}")
             (Path(os.environ["ATTEMPT_FOLDER"]) / "stopped").touch()
             break
