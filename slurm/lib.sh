@@ -82,10 +82,18 @@ addresses() {
     sed --regexp-extended --quiet 's/.*NodeName=(\S+) .*NodeAddr=(\S+) .*/\1=\2/p'
 }
 
-# A port that is free on the head node now; one made from the job's number can be taken.
+# A port that is free on the head node now; one made from the job's number can be taken. Below those
+# that the kernel gives to whoever asks for any: it must still be free when torchrun is there.
 free_port() {
-  srun --nodes=1 --ntasks=1 --nodelist="$1" --quiet "${SRUN_OPTIONS[@]}" python -c \
-    'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+  srun --nodes=1 --ntasks=1 --nodelist="$1" --quiet "${SRUN_OPTIONS[@]}" python -c '
+import random, socket
+for port in random.sample(range(20000, 30000), 100):
+    try:
+        socket.socket().bind(("", port))
+        break
+    except OSError:
+        pass
+print(port)'
 }
 
 # The lines of stdin as one, with commas.
@@ -164,7 +172,8 @@ launch() {
   # handlers. A node whose task fails ends the step: the others would wait in a collective. One that
   # came back without it says nothing: after the first end the rest have a minute.
   # shellcheck disable=SC2016  # the variables are each node's own
-  srun --nodes="$NUM_NODES" --nodelist="$(commas <<<"$NODES")" --ntasks-per-node=1 \
+  srun --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 \
+    --nodelist="$(commas <<<"$NODES")" \
     --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none --kill-on-bad-exit=1 --wait=60 --label \
     "${SRUN_OPTIONS[@]}" bash -c '
       trap "" USR1 TERM

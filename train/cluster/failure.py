@@ -31,7 +31,7 @@ class Failure(NamedTuple):
     """The first failure of a node's ranks."""
 
     node: str
-    rank: int
+    rank: int | None  # None: the launcher itself
     code: int  # as Python counts: -9 is SIGKILL
     at: float  # seconds since 1970
     message: str
@@ -44,7 +44,8 @@ class Failure(NamedTuple):
 
     def describe(self) -> str:
         """Return a clause that says who ended of what."""
-        who = f"rank {self.rank} on {self.node}"
+        who = "the launcher" if self.rank is None else f"rank {self.rank}"
+        who += f" on {self.node}"
         if self.code >= 0:
             return f"{who} exited with {self.code}" + (f": {self.message}" * bool(self.message))
         name = signal.Signals(-self.code).name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.cluster.failure import Failure, write_failure
 
 def main() -> None:
     """Run the ranks of this node to their end."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
@@ -28,12 +30,18 @@ def main() -> None:
         # of one second, a rank ended by a signal first: the others then lost it
         rank = min(failures, key=lambda r: (failures[r].exitcode >= 0, failures[r].timestamp))
         first = failures[rank]
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        failure = Failure(node, rank, first.exitcode, first.timestamp, _said(first.message))
-        print(f"longhaul: {failure.describe()}", file=sys.stderr, flush=True)
-        if folder := os.environ.get("ATTEMPT_FOLDER"):
-            write_failure(Path(folder), failure)
+        message = _said(first.message)
+        _leave(Failure(node, rank, first.exitcode, first.timestamp, message))
         sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+    except Exception as error:  # the ranks never met, say
+        _leave(Failure(node, None, 1, time.time(), f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _leave(failure: Failure) -> None:
+    print(f"longhaul: {failure.describe()}", file=sys.stderr, flush=True)
+    if folder := os.environ.get("ATTEMPT_FOLDER"):
+        write_failure(Path(folder), failure)
 
 
 def _said(message: Any) -> str:
