@@ -104,12 +104,14 @@ commas() {
 # heard SIGNAL: remember it. The ranks are told again every few seconds until they end: while
 # they start, or torchrun does, nobody is there yet to hear it.
 heard() {
+  local restarts
   STOPPED_BY=$1
   echo "== $1 at $(date -Is): the ranks save and stop"
   # TERM while the job counts as running is a warning, too (preemption with a grace time). Else it
   # is SLURM's end of this attempt: requeued already (a node failed, preemption), or cancelled.
   if [[ $1 == TERM && $(job_field JobState) != RUNNING ]]; then
-    if (($(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
+    restarts=$(job_field Restarts)
+    if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
       echo "== SLURM took the job back to the queue; the next attempt says why"
       exit 0
     fi
@@ -173,9 +175,8 @@ launch() {
   # came back without it says nothing: after the first end the rest have a minute.
   # shellcheck disable=SC2016  # the variables are each node's own
   srun --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 \
-    --nodelist="$(commas <<<"$NODES")" \
-    --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none --kill-on-bad-exit=1 --wait=60 --label \
-    "${SRUN_OPTIONS[@]}" bash -c '
+    --nodelist="$(commas <<<"$NODES")" --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none \
+    --kill-on-bad-exit=1 --wait=60 --label "${SRUN_OPTIONS[@]}" bash -c '
       trap "" USR1 TERM
       exec python -m train.cluster.launcher --nnodes="$NUM_NODES" \
         --nproc-per-node="$RANKS_PER_NODE" --node-rank="$SLURM_NODEID" \
@@ -197,7 +198,8 @@ await_ranks() {
 # back_to_queue NODES: requeue this job, as the same job, never again on NODES (with commas).
 back_to_queue() {
   local excluded try
-  trap '' USR1 TERM # SLURM ends this shell next, and it has something left to do
+  trap - USR1 TERM # SLURM ends this shell next
+  if [[ -n $1 ]]; then trap '' TERM; fi # but not before it has said which nodes to leave out
   excluded=$(job_field ExcNodeList | sed 's/(null)//')
   if ! scontrol requeue "$SLURM_JOB_ID"; then
     echo "== SLURM refuses to requeue this job (was it submitted with --requeue?): submit it again"
