@@ -53,6 +53,17 @@ class Failure(NamedTuple):
         return f"{who} was ended by {name}{cause}"
 
 
+def precedence(code: int, at: float) -> tuple[int, float]:
+    """Return what failures are sorted by, the one that the others follow from first.
+
+    Within a second a rank that a signal ended comes before those that lost it; SIGTERM is how
+    torchrun ends the others.
+    """
+    if code >= 0:
+        return 1, at
+    return (2 if code == -signal.SIGTERM else 0), at
+
+
 def tell_launcher(error: BaseException) -> None:
     """Leave an error where torchrun looks for that of its rank; without torchrun do nothing."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -78,12 +89,9 @@ def write_failure(folder: Path, failure: Failure) -> None:
 
 
 def first_failure(folder: Path) -> Failure | None:
-    """Return the failure that the others follow from, None where nobody wrote one.
-
-    A rank that a signal ended comes before those that lost it: they raise in the same second.
-    """
+    """Return the failure that the others follow from, None where nobody wrote one."""
     found = []
     for path in sorted(folder.glob("failure-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             found.append(Failure(**json.loads(path.read_text())))
-    return min(found, key=lambda failure: (failure.code >= 0, failure.at), default=None)
+    return min(found, key=lambda failure: precedence(failure.code, failure.at), default=None)

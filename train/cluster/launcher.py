@@ -17,7 +17,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from train.cluster.failure import Failure, write_failure
+from train.cluster.failure import Failure, precedence, write_failure
 
 
 def main() -> None:
@@ -27,8 +27,7 @@ def main() -> None:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         failures = error.failures
-        # of one second, a rank ended by a signal first: the others then lost it
-        rank = min(failures, key=lambda r: (failures[r].exitcode >= 0, failures[r].timestamp))
+        rank = min(failures, key=lambda r: precedence(failures[r].exitcode, failures[r].timestamp))
         first = failures[rank]
         message = _said(first.message)
         _leave(Failure(node, rank, first.exitcode, first.timestamp, message))
