@@ -13,7 +13,9 @@ from train.cluster.failure import first_failure, tell_launcher
 pytestmark = pytest.mark.gloo
 
 
-@pytest.mark.parametrize(("ends", "code", "exits"), [("exit 7", 7, 7), ("kill -9 $BASHPID", -9, 137)])
+@pytest.mark.parametrize(
+    ("ends", "code", "exits"), [("exit 7", 7, 7), ("kill -9 $BASHPID", -9, 137)]
+)
 def test_the_first_failed_ranks_code_is_the_launchers(
     ends: str, code: int, exits: int, tmp_path: Path
 ) -> None:
