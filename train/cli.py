@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.cluster.failure import REFUSED, tell_launcher
 from train.commands.check import check
 from train.commands.checkpoint import checkpoint
 from train.commands.data import data
@@ -20,6 +21,8 @@ from train.commands.export import export_model
 from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
+from train.commands.preflight import preflight
+from train.commands.submit import submit
 from train.starting.provenance import PACKAGES, check_provenance
 
 app = typer.Typer(
@@ -355,6 +358,8 @@ app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
+app.command()(preflight)
+app.command()(submit)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint)
 
@@ -364,8 +369,9 @@ def main() -> None:
     try:
         check_provenance()
         app(prog_name="longhaul")
-    except ValueError as error:
-        if not _is_ours(error):
+    except Exception as error:
+        tell_launcher(error)
+        if not (isinstance(error, ValueError) and _is_ours(error)):
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -374,7 +380,7 @@ def main() -> None:
             # Ranks of a node find the same problems in the same files, and once is enough to
             # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
-        sys.exit(2)
+        sys.exit(REFUSED)
 
 
 def _is_restart() -> bool:
@@ -386,7 +392,7 @@ def _is_restart() -> bool:
     return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
 
 
-def _is_ours(error: ValueError) -> bool:
+def _is_ours(error: Exception) -> bool:
     """Return whether our code raised it, and so worded it for the user.
 
     One out of a library keeps its traceback: it is a bug, and its text explains nothing.

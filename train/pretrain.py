@@ -21,6 +21,8 @@ from model.config import ModelConfig
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
+from train.cluster.failure import tell_stopped
+from train.cluster.lead import LeadTime
 from train.corpora import Course, start_course
 from train.evaluation.held_out import HeldOut, count_parameters, count_trained
 from train.ledger import open_ledger
@@ -28,7 +30,7 @@ from train.loop import StepResult, TrainState, train_steps
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.reading import choose_reading, model_vocab_size
 from train.settings.config import Config, dump
-from train.signals import StopRequest
+from train.signals import StopAgreed, StopRequest
 from train.starting.fork import read_parent
 from train.starting.init_from import Start, describe_start, take_weights, verify_together
 from train.starting.inputs import Inputs
@@ -96,6 +98,7 @@ class Pretraining:
         )
         self.peak = peak_flops(mesh.device, config.train.precision)
         self.status: EndStatus = "FINISHED"
+        self.lead = LeadTime(config.run_dir)
 
     def run(self) -> int:
         """Resume, train, evaluate, sum up; the checkpoint of the last step is always written."""
@@ -121,11 +124,11 @@ class Pretraining:
             self.folder.save_now(state)
             self.folder.ledger.close()  # not after an error: a save may still run beside it
             self._tell_saved()
-            if finished:
-                self._finish(state)
-            else:
+            if not (finished and self._finish(state)):
                 self.status = "SCHEDULED"
-                self.tracker.event(f"stopped by {self.stop.received or 'another rank'}", state.step)
+                by = self.stop.received or "another rank"
+                tell_stopped(by)
+                self.tracker.event(f"stopped by {by}", state.step)
                 self.progress.say(
                     f"stopped at step {state.step}, saved; continue with: {continue_command()}"
                 )
@@ -135,6 +138,9 @@ class Pretraining:
         """Train; return whether every step is done (else: asked to stop)."""
         config = self.config
         reading = choose_reading(config, self.built.model.config.vocab_size)
+        steps = max(0, config.train.steps - state.step)
+        if self.folder.owes_evaluation(state.step) and not self._evaluate(state.step):
+            return False
         with contextlib.closing(
             load(
                 self.inputs.train,
@@ -144,12 +150,14 @@ class Pretraining:
                 dp_size=self.mesh.dp,
                 micro_batch=config.train.micro_batch,
                 workers=config.data.workers,
-                steps=max(0, config.train.steps - state.step),
+                steps=steps,
+                stopped=self.stop.asked,
             )
         ) as batches:
             began = time.perf_counter()
+            agreed = self.stop.until_agreed(batches, steps, self.mesh.device)
             read = self.folder.ledger.recording(
-                [reading.prepare(batch) for batch in step] for step in batches
+                [reading.prepare(batch) for batch in step] for step in agreed
             )
             for result in train_steps(config, self.built, self.mesh, state, read):
                 now = time.perf_counter()
@@ -161,11 +169,20 @@ class Pretraining:
                 if state.step == config.train.steps:
                     break  # the last evaluation is `_finish`'s
                 every = config.train.eval_every
-                if self.held_out and every and state.step % every == 0:
-                    self.held_out.evaluate(state.step, compare=config.train.eval_compare)
-                if self.stop.agreed(self.mesh.device):
+                if every and state.step % every == 0 and not self._evaluate(state.step):
                     return False
                 began = time.perf_counter()
+        return state.step >= config.train.steps
+
+    def _evaluate(self, step: int) -> bool:
+        """Evaluate; return False where the ranks were asked to stop: the next attempt does it."""
+        if self.held_out is None:
+            return True
+        try:
+            self.held_out.evaluate(step, compare=self.config.train.eval_compare)
+        except StopAgreed:
+            self.folder.owe_evaluation(step)
+            return False
         return True
 
     def _record(self, state: TrainState, result: StepResult, seconds: float) -> None:
@@ -180,6 +197,7 @@ class Pretraining:
             "mfu": used,
             "time": time.time(),
         }
+        self.lead.step(seconds)
         if self.first:
             self.folder.log(row)
         due = state.step % self.config.train.log_every == 0 or state.step == 1
@@ -240,12 +258,19 @@ class Pretraining:
             return
         self.progress.say(f"saved {save.path} in {save.seconds:.2f} s")
         self.tracker.metrics({"save_s": save.seconds}, save.step)
+        if self.first and (advice := self.lead.saved(save.seconds)):
+            self.progress.say(advice)
+            self.tracker.event(advice, save.step)
 
-    def _finish(self, state: TrainState) -> None:
+    def _finish(self, state: TrainState) -> bool:
+        """Evaluate and sum up; return False where the ranks were asked to stop before."""
         held_out = self.held_out
-        evaluation = held_out.evaluate(state.step, compare=True) if held_out else None
+        try:
+            evaluation = held_out.evaluate(state.step, compare=True) if held_out else None
+        except StopAgreed:
+            return False
         if not self.first:
-            return
+            return True
         history = self.folder.history()
         picture = plot(
             self.folder.path, history=history, evaluation=evaluation, title=self._title()
@@ -265,12 +290,13 @@ class Pretraining:
             continue_command=continue_command(steps=2 * self.config.train.steps),
         )
         self.progress.say(text)
+        return True
 
     def _open_held_out(self) -> HeldOut | None:
         if self.inputs.valid is None:
             return None
         shared = (self.inputs.valid, self.built, self.mesh, self.tracker, self.progress.say)
-        return HeldOut(self.config, *shared)
+        return HeldOut(self.config, *shared, lambda: self.stop.check(self.mesh.device))
 
     def _open_tracker(self, stack: contextlib.ExitStack) -> Tracker | NoTracker:
         tracking = self.config.tracking
@@ -364,7 +390,7 @@ def continue_command(steps: int | None = None) -> str:
     """Return the command line that goes on with this run, with more steps if given."""
     words = ["longhaul", *sys.argv[1:]]
     if job := os.environ.get("SLURM_JOB_NAME"):
-        words = ["sbatch", f"slurm/{job}.sh", *sys.argv[3:]]
+        words = ["sbatch", os.environ.get("JOB_SCRIPT", f"slurm/{job}.sh"), *sys.argv[3:]]
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is not None and words[0] == "longhaul":
         one_node = ["--standalone"] if local == os.environ.get("WORLD_SIZE") else []

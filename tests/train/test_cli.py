@@ -57,6 +57,8 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "import",
         "export",
         "miniature",
+        "preflight",
+        "submit",
         "data",
         "checkpoint",
     ]

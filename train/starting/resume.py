@@ -29,6 +29,9 @@ from train.loop import TrainState
 from train.settings.config import Config
 from train.starting.changes import find_changes
 
+OWED = "evaluation_owed"
+"""Holds the step whose evaluation a stop cut short."""
+
 
 class RunFolder:
     """A run's folder, seen by one rank; only rank 0 writes what is not a share."""
@@ -119,6 +122,23 @@ class RunFolder:
     def finish(self) -> None:
         """Write DONE: finished, not only stopped (rank 0)."""
         (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
+
+    def owe_evaluation(self, step: int) -> None:
+        """Write down that the evaluation after this step is still to be done."""
+        if self.mesh.rank == 0:
+            (self.path / OWED).write_text(f"{step}\n")
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Return whether an attempt before this one left out the evaluation after this step.
+
+        All ranks call this together; it is owed no longer.
+        """
+        owed = [False]
+        if self.mesh.rank == 0 and (self.path / OWED).exists():
+            owed = [int((self.path / OWED).read_text()) == step]
+            (self.path / OWED).unlink()
+        dist.broadcast_object_list(owed)
+        return owed[0]
 
     def _forget_rows_after(self, step: int) -> None:
         """Drop rows of steps that will be done again."""
