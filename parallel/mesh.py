@@ -68,6 +68,13 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """Let collectives that begin from now on, in every group there is, wait for so long."""
+    world = dist.distributed_c10d._world
+    for group in list(world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def build_mesh(*, tp: int, cp: int, timeout: timedelta = timedelta(minutes=30)) -> Mesh:
     """Return the mesh of the initialised default process group: on GPUs if that is NCCL's.
 

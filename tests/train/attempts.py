@@ -79,6 +79,11 @@ class Forked(Attempt):
                 os.kill(pid, signal.SIGKILL)
         self._reap(0)
 
+    def ended(self) -> dict[int, int]:
+        """Return the exit codes of those that have ended, by process id."""
+        self._reap(os.WNOHANG)
+        return self.codes
+
     def wait(self) -> list[int]:
         """Return every rank's exit code, minus the signal's number where one ended it."""
         until = time.monotonic() + TIMEOUT_S

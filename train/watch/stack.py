@@ -1,0 +1,92 @@
+"""What a thread that does not go on is in: the collective, its group, and the line that called it.
+
+Read from the thread's frames when it is asked for, so it costs nothing while all is well. On NCCL a
+collective returns at once and the thread waits later, for the device: there the last collectives
+that were begun, from torch's flight recorder, tell which one it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.watch import waiting
+
+_C10D = str(Path(torch.distributed.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+_ROOT = Path(__file__).resolve().parents[2]
+_COUNTED = str(Path(waiting.__file__))
+"""Every wait passes through it."""
+
+
+def describe_thread(ident: int) -> str:
+    """Return what a thread is in, such as `all_reduce over CP [ranks 0, 1], model/x.py:12 f`."""
+    frame = sys._current_frames().get(ident)
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    if not frames:
+        return "nothing: its thread has ended"
+    inside = [frame for frame in frames if _file(frame).startswith(_C10D)]
+    outside = [frame for frame in frames if not _file(frame).startswith((_TORCH, _COUNTED))]
+    where = _line(outside[0]) if outside else _line(frames[0])
+    names = [frame.f_code.co_name for frame in inside if frame.f_code.co_name != "wrapper"]
+    hops = [frame for frame in frames if _is_hop(frame)]
+    if not names and not hops:
+        return f"no collective, {where}"
+    group = next((found for frame in frames if (found := _group_in(frame)) is not None), None)
+    name = "a hop of the ring" if hops else names[-1]  # the outermost: what was called
+    return f"{name} over {describe_group(group)}, {where}"
+
+
+def describe_group(group: dist.ProcessGroup | None) -> str:
+    """Return a group's name and ranks."""
+    if group is None or group == dist.group.WORLD:
+        return "all ranks"
+    ranks = dist.get_process_group_ranks(group)
+    listed = ", ".join(map(str, ranks[:16])) + ", ..." * (len(ranks) > 16)
+    return f"{group.group_desc or group.group_name} [ranks {listed}]"
+
+
+def last_collectives() -> list[str]:
+    """Return a line for each group: the last collective that this rank began there."""
+    name = "_dump_nccl_trace_json" if dist.get_backend() == "nccl" else "_dump_fr_trace_json"
+    dump: Any = getattr(torch._C._distributed_c10d, name, None)
+    if dump is None:  # a private name of torch, which may change
+        return []
+    last = {entry["pg_id"]: entry for entry in json.loads(dump()).get("entries", [])}
+    return [
+        f"{' '.join(filter(None, entry['process_group']))}: {entry['profiling_name']} number"
+        f" {entry['collective_seq_id']}, {entry['input_sizes']}, {entry['state']}"
+        for entry in last.values()
+    ]
+
+
+def _is_hop(frame: FrameType) -> bool:
+    return _file(frame) == str(_ROOT / "parallel" / "ring.py") and frame.f_code.co_name == "wait"
+
+
+def _group_in(frame: FrameType) -> dist.ProcessGroup | None:
+    """Return the group that a frame works with, where it has one under the usual names."""
+    found = frame.f_locals.get("group")
+    if found is None:
+        found = getattr(frame.f_locals.get("self"), "group", None)
+    return found if isinstance(found, dist.ProcessGroup) else None
+
+
+def _file(frame: FrameType) -> str:
+    return frame.f_code.co_filename
+
+
+def _line(frame: FrameType) -> str:
+    path = Path(_file(frame))
+    # a library's file by its last three parts: its place differs from node to node
+    shown = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else Path(*path.parts[-3:])
+    return f"{shown}:{frame.f_lineno} in {frame.f_code.co_name}"
