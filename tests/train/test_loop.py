@@ -359,6 +359,7 @@ def test_skipped_steps_around_a_kill_count_as_without_it(tmp_path: Path, shards:
         assert attempt.wait() == [0], attempt.text()
     with forked(1, broken.run_dir, pretrain_poisoned_holding, broken, 3, 4) as attempt:
         attempt.wait_for_rows(4)
+        attempt.wait_for(lambda: "step-00000003" in checkpoint_names(broken.run_dir))
         attempt.kill()
     with forked(1, broken.run_dir, pretrain_poisoned, broken, 1) as attempt:
         assert attempt.wait() == [0], attempt.text()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,32 +19,50 @@ import torch.distributed as dist
 
 from train.watch import waiting
 
-_C10D = str(Path(torch.distributed.__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
 _ROOT = Path(__file__).resolve().parents[2]
+_OURS = tuple(str(_ROOT / name) for name in ("model", "parallel", "data", "train", "tests"))
+_RING = str(_ROOT / "parallel" / "ring.py")
+_C10D = str(Path(torch.distributed.__file__).parent)
 _COUNTED = str(Path(waiting.__file__))
 """Every wait passes through it."""
 
 
 def describe_thread(ident: int) -> str:
-    """Return what a thread is in, such as `all_reduce over CP [ranks 0, 1], model/x.py:12 f`."""
-    frame = sys._current_frames().get(ident)
+    """Return what a thread is in, such as `all_reduce over CP [ranks 0, 1], model/x.py:12 in f`.
+
+    Where it only waits for autograd, whose own thread runs the backward on a GPU, what that is in.
+    """
+    found = sys._current_frames()
+    known = {thread.ident for thread in threading.enumerate()}
+    stacks = [_frames(found.get(ident)), *(_frames(found[i]) for i in found if i not in known)]
+    stack = next((frames for frames in stacks if _collective(frames) is not None), stacks[0])
+    if not stack:
+        return "nothing: its thread has ended"
+    name = _collective(stack)
+    ours = [frame for frame in stack if _file(frame).startswith(_OURS) and _file(frame) != _COUNTED]
+    where = _line((ours or stack)[0])
+    if name is None:
+        return f"no collective, {where}"
+    group = next((found for frame in stack if (found := _group_in(frame)) is not None), None)
+    return f"{name} over {describe_group(group)}, {where}"
+
+
+def _frames(frame: FrameType | None) -> list[FrameType]:
+    """Return a stack's frames, the innermost first."""
     frames = []
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
-    if not frames:
-        return "nothing: its thread has ended"
-    inside = [frame for frame in frames if _file(frame).startswith(_C10D)]
-    outside = [frame for frame in frames if not _file(frame).startswith((_TORCH, _COUNTED))]
-    where = _line(outside[0]) if outside else _line(frames[0])
-    names = [frame.f_code.co_name for frame in inside if frame.f_code.co_name != "wrapper"]
-    hops = [frame for frame in frames if _is_hop(frame)]
-    if not names and not hops:
-        return f"no collective, {where}"
-    group = next((found for frame in frames if (found := _group_in(frame)) is not None), None)
-    name = "a hop of the ring" if hops else names[-1]  # the outermost: what was called
-    return f"{name} over {describe_group(group)}, {where}"
+    return frames
+
+
+def _collective(frames: list[FrameType]) -> str | None:
+    """Return what the frames call in torch.distributed, None where they are not inside it."""
+    if any(_file(frame) == _RING and frame.f_code.co_name == "wait" for frame in frames):
+        return "a hop of the ring"
+    names = [frame.f_code.co_name for frame in frames if _file(frame).startswith(_C10D)]
+    names = [name for name in names if name != "wrapper"]
+    return names[-1] if names else None  # the outermost: what was called
 
 
 def describe_group(group: dist.ProcessGroup | None) -> str:
@@ -57,6 +76,8 @@ def describe_group(group: dist.ProcessGroup | None) -> str:
 
 def last_collectives() -> list[str]:
     """Return a line for each group: the last collective that this rank began there."""
+    if not dist.is_initialized():
+        return []
     name = "_dump_nccl_trace_json" if dist.get_backend() == "nccl" else "_dump_fr_trace_json"
     dump: Any = getattr(torch._C._distributed_c10d, name, None)
     if dump is None:  # a private name of torch, which may change
@@ -64,13 +85,11 @@ def last_collectives() -> list[str]:
     last = {entry["pg_id"]: entry for entry in json.loads(dump()).get("entries", [])}
     return [
         f"{' '.join(filter(None, entry['process_group']))}: {entry['profiling_name']} number"
-        f" {entry['collective_seq_id']}, {entry['input_sizes']}, {entry['state']}"
+        f" {entry['collective_seq_id']}, sizes {entry['input_sizes']}"
+        # gloo's entries stay `scheduled` when they are done
+        + (f", {entry['state']}" if dist.get_backend() == "nccl" else "")
         for entry in last.values()
     ]
-
-
-def _is_hop(frame: FrameType) -> bool:
-    return _file(frame) == str(_ROOT / "parallel" / "ring.py") and frame.f_code.co_name == "wait"
 
 
 def _group_in(frame: FrameType) -> dist.ProcessGroup | None:

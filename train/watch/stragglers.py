@@ -61,7 +61,8 @@ class Stragglers:
         self.nodes, self._waiting, self._device = nodes, waiting, device
         self._waited = waiting.seconds
         self._own_s, self._steps = 0.0, 0
-        self._named: str | None = None
+        self._suspect: int | None = None
+        self._named: int | None = None
 
     def add(self, step_s: float) -> None:
         """Take in a step of so many seconds, data and collectives included."""
@@ -78,12 +79,15 @@ class Stragglers:
         return compare(everyone.tolist(), self.nodes)
 
     def news(self, spread: Spread) -> str | None:
-        """Return a sentence where a rank is slow and its node was not the last one told."""
-        if spread.ratio <= SLOW:
+        """Return a sentence, once, where the same rank is slow for the second time in a row.
+
+        Once may be chance: a first step that compiles, a neighbour on the host.
+        """
+        slow = spread.slowest if spread.ratio > SLOW else None
+        again, self._suspect = slow == self._suspect, slow
+        if slow is None:
             self._named = None
+        if slow is None or not again or slow == self._named:
             return None
-        node = self.nodes[spread.slowest]
-        if node == self._named:
-            return None
-        self._named = node
+        self._named = slow
         return spread.describe(self.nodes)

@@ -122,15 +122,18 @@ class Watchdog:
         )
         if not report.stuck:
             return report
-        collectives = tuple(last_collectives())
-        return replace(report, waits=describe_thread(self._watched), collectives=collectives)
+        try:
+            waits, collectives = describe_thread(self._watched), tuple(last_collectives())
+        except Exception as error:  # what torch keeps to itself may change; a hang ends all the same
+            waits, collectives = f"a place that cannot be told ({error!r})", ()
+        return replace(report, waits=waits, collectives=collectives)
 
     def _tell(self, mine: Report) -> str | None:
         """Publish a report; return what is wrong with the store."""
         try:
             self.peers.publish(mine)
-        except RuntimeError as error:
-            return str(error)
+        except Exception as error:  # whatever the store's: the watch goes on without it
+            return f"{type(error).__name__}: {error}"
         return None
 
     def _find_hang(self, mine: Report, now: float, problem: str | None) -> list[Report] | None:
@@ -140,7 +143,7 @@ class Watchdog:
         """
         try:
             reports = self.peers.read()
-        except RuntimeError:
+        except Exception:
             reports = {mine.rank: mine}
         for rank, found in reports.items():
             known = self._heard.get(rank)
@@ -162,6 +165,8 @@ class Watchdog:
                 text = describe_hang(reports, self.peers.world_size, problem)
                 self._report(text, mine.place.step)
                 self._tell_reported()
+                # Ranks whose peer is gone first end with an error of gloo's, not with this code.
+                time.sleep(self._interval_s)
             else:
                 self._wait_for_report()
         finally:

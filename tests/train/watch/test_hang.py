@@ -99,8 +99,12 @@ def test_a_rank_that_is_elsewhere_is_told_from_those_that_wait(
 
 
 def test_a_skipped_collective_is_seen_in_the_counts(tmp_path: Path, shards: Shards) -> None:
-    config = validate(tiny(tmp_path / "run", shards, parallel__tp=2, **SOON))
+    config = validate(tiny(tmp_path / "run", shards, **SOON))
     codes, text = hang(config, 2, pretrain_skipping_a_collective, 4, 1)
     assert codes == [HANG_EXIT_CODE] * 2, text
     assert "HANG at step 4" in text
     assert "in different collectives" in text
+    # the one that skipped it began one less, and waits in the next
+    assert "DATA_PARALLEL_GROUP: gloo:all_reduce number 4" in text
+    assert "DATA_PARALLEL_GROUP: gloo:all_reduce number 3" in text
+    assert "train/loop.py" in text and "in count_targets" in text and "in poison" in text
