@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return a file's rows, none where there is no file.
+def read_rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Return a file's rows, none where there is no file; tail_bytes: only those in its end.
 
     What is no JSON object was cut short by a crash, with or without the next row on its line, and
     is passed over.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            if tail_bytes is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - tail_bytes))
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return []
     rows = []

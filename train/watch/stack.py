@@ -43,7 +43,7 @@ def describe_thread(ident: int) -> str:
     where = _line((ours or stack)[0])
     if name is None:
         return f"no collective, {where}"
-    group = next((found for frame in stack if (found := _group_in(frame)) is not None), None)
+    group = next((held for frame in stack if (held := _group_in(frame)) is not None), None)
     return f"{name} over {describe_group(group)}, {where}"
 
 

@@ -124,7 +124,7 @@ class Watchdog:
             return report
         try:
             waits, collectives = describe_thread(self._watched), tuple(last_collectives())
-        except Exception as error:  # what torch keeps to itself may change; a hang ends all the same
+        except Exception as error:  # torch's own names may change; a hang ends
             waits, collectives = f"a place that cannot be told ({error!r})", ()
         return replace(report, waits=waits, collectives=collectives)
 

@@ -182,5 +182,5 @@ def test_of_many_ranks_only_those_that_differ_are_listed() -> None:
 
 
 def test_a_rank_that_never_spoke_is_named() -> None:
-    mine = Report(0, "n", Place("start", 0), 1, 0.0, 9.0, 3.0, "barrier over all ranks, a.py:1 in f")
+    mine = Report(0, "n", Place("start", 0), 1, 0.0, 9.0, 3.0, "barrier, a.py:1 in f")
     assert "ranks 1, 2 never said anything" in describe_hang([mine], 3)
