@@ -14,7 +14,7 @@ from train.tracking.tracker import NoTracker, Tracker
 
 EVENTS = "events.jsonl"
 Kind: TypeAlias = Literal[
-    "started", "resumed", "saved", "not_saved", "evaluated", "skipped", "spike", "rolled_back",
+    "started", "resumed", "saved", "not_saved", "skipped", "spike", "rolled_back",
     "straggler", "preempted", "hang", "failed", "finished",
 ]  # fmt: skip
 
