@@ -59,6 +59,8 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
         return
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "nccl" if torch.cuda.device_count() >= local_ranks else "gloo"
+    if backend == "nccl":  # before the first message, or all ranks of a node would use one GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.train.attempts import forked, pretrain
+from tests.train.attempts import forked, launched, pretrain
 from tests.train.tiny import Shards, tiny
 from train.settings.config import Config, validate
 from train.tracking.timeline import read_events
+from train.watch.status import read_standing
 from train.watch.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.gloo
 
 SOON: dict[str, Any] = {
-    "train__steps": 8,
     "train__log_every": 1,
     "parallel__timeout_s": 60,
     "parallel__hang_floor_s": 2,
@@ -74,7 +74,7 @@ def hang(config: Config, ranks: int, function: Any, step: int, rank: int) -> tup
 
 
 def test_a_stopped_rank_is_named_with_its_last_place(tmp_path: Path, shards: Shards) -> None:
-    config = validate(tiny(tmp_path / "run", shards, parallel__cp=2, **SOON))
+    config = validate(tiny(tmp_path / "run", shards, parallel__cp=2, **SOON, train__steps=8))
     codes, text = hang(config, 2, pretrain_stopping, 4, 1)
     assert codes == [HANG_EXIT_CODE]
     assert "HANG at step 4" in text
@@ -87,10 +87,34 @@ def test_a_stopped_rank_is_named_with_its_last_place(tmp_path: Path, shards: Sha
     assert event["step"] == 4 and "suspect: rank 1" in event["text"]
 
 
+@pytest.mark.slow
+def test_under_torchrun_a_stopped_first_rank_is_named_by_the_other(
+    tmp_path: Path, shards: Shards
+) -> None:
+    raw = tiny(tmp_path / "run", shards, **SOON, train__steps=1000)
+    with launched(2, tmp_path / "job", raw) as attempt:
+        attempt.wait_for_rows(5)
+        (first,) = [
+            process
+            for process in attempt.processes()
+            if process.environ().get("RANK") == "0" and "train.cli" in " ".join(process.cmdline())
+        ]
+        first.suspend()
+        attempt.wait_for(lambda: "what to do" in attempt.text())
+        first.kill()  # torchrun would wait 30 s for it
+        assert attempt.wait() == 1
+        text = attempt.text()
+    assert "[watchdog of rank 1] HANG at step" in text
+    assert "suspect: rank 0 on " in text and "is silent since" in text
+    assert f"exitcode: {HANG_EXIT_CODE}" in text.replace("exitcode  :", "exitcode:")
+    assert read_events(tmp_path / "run")[-1]["kind"] == "hang"
+    assert read_standing(tmp_path / "run").state == "hung"
+
+
 def test_a_rank_that_is_elsewhere_is_told_from_those_that_wait(
     tmp_path: Path, shards: Shards
 ) -> None:
-    config = validate(tiny(tmp_path / "run", shards, **SOON))
+    config = validate(tiny(tmp_path / "run", shards, **SOON, train__steps=8))
     codes, text = hang(config, 2, pretrain_sleeping, 4, 0)
     assert codes == [HANG_EXIT_CODE] * 2
     assert "suspect: rank 0 on" in text
@@ -99,7 +123,7 @@ def test_a_rank_that_is_elsewhere_is_told_from_those_that_wait(
 
 
 def test_a_skipped_collective_is_seen_in_the_counts(tmp_path: Path, shards: Shards) -> None:
-    config = validate(tiny(tmp_path / "run", shards, **SOON))
+    config = validate(tiny(tmp_path / "run", shards, **SOON, train__steps=8))
     codes, text = hang(config, 2, pretrain_skipping_a_collective, 4, 1)
     assert codes == [HANG_EXIT_CODE] * 2, text
     assert "HANG at step 4" in text
