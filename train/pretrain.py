@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from model.config import ModelConfig
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh, build_mesh, start_processes
 from train.build import Built, build, to_model_config
-from train.checkpoints.manifest import list_checkpoints
 from train.corpora import Course, start_course
 from train.evaluation.held_out import HeldOut, count_parameters, count_trained
 from train.guard import Guard
@@ -39,13 +37,13 @@ from train.starting.init_from import Start, describe_start, take_weights, verify
 from train.starting.inputs import Inputs
 from train.starting.resume import RunFolder
 from train.starting.start import agree_on, open_run
-from train.tracking.describe import describe_run, source_commit
+from train.tracking.describe import describe_run
 from train.tracking.progress import Progress, Status
 from train.tracking.summary import plot, summarise
 from train.tracking.tracker import NoTracker, Tracker
 from train.tracking.tracker import Status as EndStatus
 from train.watch.attempt import Watch, limits_of
-from train.watch.last_words import first_line, is_echo, last_words
+from train.watch.last_words import first_line, is_echo
 from train.watch.pulse import Pulse, follow_layers
 from train.watch.stragglers import Stragglers
 
@@ -70,7 +68,7 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
         if isinstance(error, ValueError):
             raise  # worded for the user, or a bug: the command line tells which
         traceback.print_exc()
-        print(_last_words(config, watch, error), file=sys.stderr, flush=True)
+        print(watch.last_words(config, error, continue_command()), file=sys.stderr, flush=True)
         return 1
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
     # and hide the error until the timeout.
@@ -89,18 +87,6 @@ def _attempt(
     built = build_from(inputs.start, config, model_config, mesh)
     follow_layers(built.model.blocks, watch.pulse)
     Pretraining(config, inputs, course, built, mesh, stop, watch).run()
-
-
-def _last_words(config: Config, watch: Watch, error: Exception) -> str:
-    checkpoints = list_checkpoints(config.run_dir / "checkpoints")
-    return last_words(
-        error,
-        run=config.name,
-        rank=watch.rank,
-        node=watch.node,
-        checkpoint=str(checkpoints[-1]) if checkpoints else None,
-        command=continue_command(),
-    )
 
 
 def build_from(start: Start | None, config: Config, model_config: ModelConfig, mesh: Mesh) -> Built:
@@ -381,25 +367,10 @@ class Pretraining:
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})
         if (origin := read_parent(self.folder.path)) is not None:
             self.tracker.tags({f"parent.{name}": value for name, value in origin.items()})
-        self._note_start(state)
+        self.watch.note_start(state.step)
         if text := self._origin(state):
             self.progress.say(text)
             self.tracker.event(text, state.step)
-
-    def _note_start(self, state: TrainState) -> None:
-        """Begin the attempt on the timeline, and tag it in the one MLflow run of all attempts."""
-        number, nodes = self.timeline.attempt + 1, list(dict.fromkeys(self.watch.nodes))
-        job = os.environ.get("SLURM_JOB_ID")
-        facts = {"attempt": number, "nodes": nodes, "job": job}
-        source = source_commit(Path(__file__))
-        facts["commit"] = None if source is None else source[0]
-        self.timeline.add("started", state.step, f"started at step {state.step}", facts)
-        if state.step:
-            self.timeline.add("resumed", state.step, f"resumed at step {state.step}")
-        shown = {name: value for name, value in facts.items() if value is not None}
-        shown["nodes"] = " ".join(nodes)
-        tags = {f"attempt.{number}.{name}": value for name, value in shown.items()}
-        self.tracker.tags({"attempt": number, **tags, f"attempt.{number}.from_step": state.step})
 
     def _origin(self, state: TrainState) -> str | None:
         """Return what became of model.init_from."""

@@ -28,7 +28,8 @@ main()
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["import"], ["export"]]
+    "command",
+    [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["import"], ["export"], ["status"]],
 )
 def test_help_teaches_and_imports_nothing_heavy(command: list[str]) -> None:
     code = (
@@ -55,8 +56,10 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "import",
         "export",
         "miniature",
+        "status",
         "data",
         "checkpoint",
+        "track",
     ]
 
 

@@ -31,6 +31,8 @@ def status(
       longhaul status runs/books
       longhaul status runs/books --watch
       longhaul status runs/books --json
+
+    Next: what it says to do, or `longhaul checkpoint ls RUN`.
     """  # noqa: D301
     from train.watch.status import describe, read_standing
 

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 from parallel.mesh import set_timeout
+from train.checkpoints.manifest import list_checkpoints
 from train.settings.config import Config
+from train.tracking.describe import source_commit
 from train.tracking.timeline import Timeline
+from train.watch.last_words import last_words
 from train.watch.peers import Peers
 from train.watch.pulse import Pulse
 from train.watch.waiting import Waiting
@@ -55,6 +59,32 @@ class Watch:
                 yield self
         finally:
             watchdog.stop()
+
+    def note_start(self, step: int) -> None:
+        """Begin the attempt on the timeline, and tag it in the one MLflow run of all attempts."""
+        number, nodes = self.timeline.attempt + 1, list(dict.fromkeys(self.nodes))
+        facts: dict[str, object] = {"attempt": number, "nodes": nodes, "commit": None}
+        facts["job"] = os.environ.get("SLURM_JOB_ID")
+        if (source := source_commit(Path(__file__))) is not None:
+            facts["commit"] = source[0]
+        self.timeline.add("started", step, f"started at step {step}", facts)
+        if step:
+            self.timeline.add("resumed", step, f"resumed at step {step}")
+        shown = facts | {"nodes": " ".join(nodes), "from_step": step}
+        tags = {f"attempt.{number}.{name}": x for name, x in shown.items() if x is not None}
+        self.timeline.tracker.tags({"attempt": number, **tags})
+
+    def last_words(self, config: Config, error: Exception, command: str) -> str:
+        """Return the last lines of this rank, which an error ended; command: goes on."""
+        checkpoints = list_checkpoints(config.run_dir / "checkpoints")
+        return last_words(
+            error,
+            run=config.name,
+            rank=self.rank,
+            node=self.node,
+            checkpoint=str(checkpoints[-1]) if checkpoints else None,
+            command=command,
+        )
 
     def stretch(self) -> None:
         """Keep torch's own timeouts behind the watchdog's limit as steps turn out slow."""
