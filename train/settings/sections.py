@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
-from data.files import shown_folder, url_of
+from data.urls import shown_folder, url_of
 from train.settings.guard import GuardSection
 from train.settings.lora import LoraSection
 from train.settings.memories import Memory, NoMemory
@@ -30,7 +30,7 @@ from train.settings.units import (
 
 # it names a folder, an experiment's run and files, so nothing a shell or a URL would change
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-# a Path folds the // of a URL: data.files unfolds it
+# a Path folds the // of a URL: data.urls unfolds it
 Folder = Annotated[
     Path,
     PlainSerializer(lambda path: url_of(path) or str(path), return_type=str, when_used="json"),
