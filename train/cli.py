@@ -21,7 +21,7 @@ from train.commands.import_model import import_model
 from train.commands.miniature import miniature
 from train.commands.status import status
 from train.commands.track import track
-from train.starting.provenance import PACKAGES, check_provenance
+from train.starting.provenance import check_provenance, is_ours
 
 app = typer.Typer(
     name="longhaul",
@@ -367,7 +367,7 @@ def main() -> None:
         check_provenance()
         app(prog_name="longhaul")
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -386,19 +386,6 @@ def _is_restart() -> bool:
     """
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Return whether our code raised it, and so worded it for the user.
-
-    One out of a library keeps its traceback: it is a bug, and its text explains nothing.
-    """
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
-    root = Path(__file__).parent.parent
-    return any(raised_in.is_relative_to(root / package) for package in PACKAGES)
 
 
 def _listed(text: str | None) -> list[str]:

@@ -35,6 +35,7 @@ from train.signals import StopRequest
 from train.starting.fork import read_parent
 from train.starting.init_from import Start, describe_start, take_weights, verify_together
 from train.starting.inputs import Inputs
+from train.starting.provenance import is_ours
 from train.starting.resume import RunFolder
 from train.starting.start import agree_on, open_run
 from train.tracking.describe import describe_run
@@ -65,8 +66,8 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
         with watch.running():
             _attempt(config, inputs, stop, watch, timeout)
     except Exception as error:
-        if isinstance(error, ValueError):
-            raise  # worded for the user, or a bug: the command line tells which
+        if isinstance(error, ValueError) and is_ours(error):
+            raise  # it says what to do, and the command line prints nothing else
         traceback.print_exc()
         print(watch.last_words(config, error, continue_command()), file=sys.stderr, flush=True)
         return 1

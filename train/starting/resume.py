@@ -36,16 +36,16 @@ class RunFolder:
     """A run's folder, seen by one rank; only rank 0 writes what is not a share."""
 
     def __init__(
-        self, config: Config, built: Built, mesh: Mesh, data: str, *, timeout_s: float
+        self, config: Config, built: Built, mesh: Mesh, data: str, *, timeout_s: float | None = None
     ) -> None:
-        """timeout_s: how long a save's messages wait for a rank."""
+        """timeout_s: how long a save's messages wait for a rank; parallel.timeout_s."""
         self.config, self.built, self.mesh, self.data = config, built, mesh, data
         self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
         self.saved_at: int | None = None  # the newest step that is saved or being saved
         self.ledger: Ledger | NoLedger = NoLedger()
         self.saver = Saver(
             self.checkpoints,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=timeout_s or config.parallel.timeout_s),
             max_failures=config.checkpoint.max_failures,
             say=lambda text: print(text, file=sys.stderr, flush=True),
             committed=self._retain,
