@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.attention import Layout
+from model.compiled import use_compiled
 from model.config import ComputeConfig, LoraConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.init import initialise
@@ -67,6 +68,7 @@ def build(
     fill: called with the model before its engine takes it, to put in other weights.
     """
     parallel = config.parallel
+    use_compiled(config.train.compile)
     layout = layout_of(parallel.layout, mesh.cp)
     sequence = FoldedSequence()
     if mesh.cp > 1:

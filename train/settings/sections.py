@@ -336,6 +336,12 @@ class TrainSection(Section):
         description="Tokens that a feed-forward layer takes at once; left out, all. Set it when"
         " ffn activations of long segments do not fit; the result does not change.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Fuse norms, rotations, gates and the loss into kernels of their own"
+        " (torch.compile; on a CPU it needs a C++ compiler). The first step takes up to a minute"
+        " longer, once for each machine; results differ by rounding.",
+    )
     max_nonfinite: Index = Field(
         default=3,
         description="Steps in a row that are skipped, each named, before the run stops: their loss"
