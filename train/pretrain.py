@@ -44,7 +44,6 @@ from train.tracking.summary import plot, summarise
 from train.tracking.tracker import NoTracker, Tracker
 from train.tracking.tracker import Status as EndStatus
 from train.watch.attempt import Watch, limits_of
-from train.watch.last_words import first_line, is_echo
 from train.watch.pulse import Pulse, follow_layers
 from train.watch.stragglers import Stragglers
 
@@ -66,6 +65,7 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
         with watch.running():
             _attempt(config, inputs, stop, watch, timeout)
     except Exception as error:
+        watch.note_failure(error, 0)
         if isinstance(error, ValueError) and is_ours(error):
             raise  # it says what to do, and the command line prints nothing else
         traceback.print_exc()
@@ -134,10 +134,7 @@ class Pretraining:
             try:
                 self._run(stack)
             except Exception as error:
-                # Before the tracker closes. Of a row of errors, those that follow from the first
-                # have nothing to add.
-                if not is_echo(error):
-                    self.timeline.add("failed", self.step, first_line(error), must=True)
+                self.watch.note_failure(error, self.step)  # before the tracker closes
                 raise
 
     def _run(self, stack: contextlib.ExitStack) -> None:

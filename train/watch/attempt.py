@@ -17,7 +17,7 @@ from train.checkpoints.manifest import list_checkpoints
 from train.settings.config import Config
 from train.tracking.describe import source_commit
 from train.tracking.timeline import Timeline
-from train.watch.last_words import last_words
+from train.watch.last_words import first_line, is_echo, last_words
 from train.watch.peers import Peers
 from train.watch.pulse import Pulse
 from train.watch.waiting import Waiting
@@ -47,6 +47,7 @@ class Watch:
         self.pulse, self.waiting, self.limits = Pulse(), Waiting(), limits_of(config)
         self.backstop_s = self.limits.backstop_s(self.pulse)
         self._peers = Peers(self.rank, dist.get_world_size())
+        self._noted = False
 
     @contextmanager
     def running(self) -> Iterator[Watch]:
@@ -73,6 +74,12 @@ class Watch:
         shown = facts | {"nodes": " ".join(nodes), "from_step": step}
         tags = {f"attempt.{number}.{name}": x for name, x in shown.items() if x is not None}
         self.timeline.tracker.tags({"attempt": number, **tags})
+
+    def note_failure(self, error: Exception, step: int) -> None:
+        """Write down, once, what ended this rank, unless that only follows from another's end."""
+        if not self._noted and not is_echo(error):
+            self._noted = True
+            self.timeline.add("failed", step, first_line(error), must=True)
 
     def last_words(self, config: Config, error: Exception, command: str) -> str:
         """Return the last lines of this rank, which an error ended; command: goes on."""

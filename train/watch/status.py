@@ -185,13 +185,13 @@ def _state(
 ) -> tuple[str, str | None]:
     """Return the state and, where it has one, its reason."""
     ends = {"hang": "hung", "failed": "failed", "preempted": "stopped"}
-    if (folder / "DONE").exists():
-        return "finished", None
     for event in reversed(events):
         if event["kind"] in ends:
             return ends[event["kind"]], event["text"]
-        if event["kind"] == "started":
+        if event["kind"] in ("started", "finished"):
             break
+    if (folder / "DONE").exists():
+        return "finished", None
     # What was last heard of: a save or an evaluation may take longer than a step.
     heard = max([e["time"] for e in events[-1:]] + [row["time"] for row in recent[-1:]], default=0)
     limit = max(_LEAST_QUIET_S, _QUIET * (step_s or 0))

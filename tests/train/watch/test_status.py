@@ -85,8 +85,12 @@ def test_the_end_of_a_run_is_its_state_with_reason_and_advice(
 def test_done_is_finished_whatever_came_before(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     add(run, "failed", 30, NOW)
+    add(run, "started", 30, NOW)
+    add(run, "finished", 100, NOW)
     (run / "DONE").write_text("100\n")
-    assert read_standing(run, NOW).state == "finished"
+    assert read_standing(run, NOW + 9999).state == "finished"
+    add(run, "failed", 0, NOW)  # asked for more steps, and failed before it began
+    assert read_standing(run, NOW).state == "failed"
 
 
 def test_the_speed_is_that_of_this_attempt(tmp_path: Path) -> None:
