@@ -22,8 +22,10 @@ from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
 from train.commands.preflight import preflight
+from train.commands.status import status
 from train.commands.submit import submit
-from train.starting.provenance import PACKAGES, check_provenance
+from train.commands.track import track
+from train.starting.provenance import check_provenance, is_ours
 
 app = typer.Typer(
     name="longhaul",
@@ -360,8 +362,10 @@ app.command("export")(export_model)
 app.command()(miniature)
 app.command()(preflight)
 app.command()(submit)
+app.command()(status)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint)
+app.add_typer(track)
 
 
 def main() -> None:
@@ -371,7 +375,7 @@ def main() -> None:
         app(prog_name="longhaul")
     except Exception as error:
         tell_launcher(error)
-        if not (isinstance(error, ValueError) and _is_ours(error)):
+        if not (isinstance(error, ValueError) and is_ours(error)):
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -390,19 +394,6 @@ def _is_restart() -> bool:
     """
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
-
-
-def _is_ours(error: Exception) -> bool:
-    """Return whether our code raised it, and so worded it for the user.
-
-    One out of a library keeps its traceback: it is a bug, and its text explains nothing.
-    """
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
-    root = Path(__file__).parent.parent
-    return any(raised_in.is_relative_to(root / package) for package in PACKAGES)
 
 
 def _listed(text: str | None) -> list[str]:

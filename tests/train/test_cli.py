@@ -29,7 +29,17 @@ main()
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["check"], ["import"], ["export"]],
+    [
+        [],
+        ["prepare"],
+        ["pretrain"],
+        ["config"],
+        ["evaluate"],
+        ["check"],
+        ["import"],
+        ["export"],
+        ["status"],
+    ],
 )
 def test_help_teaches_and_imports_nothing_heavy(command: list[str]) -> None:
     code = (
@@ -59,8 +69,10 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "miniature",
         "preflight",
         "submit",
+        "status",
         "data",
         "checkpoint",
+        "track",
     ]
 
 
