@@ -19,7 +19,7 @@ from train.cluster.attempts import (
     ended_attempts,
     judge,
 )
-from train.cluster.failure import FOLDER, REFUSED, Failure, write_failure
+from train.cluster.failure import FOLDER, HUNG, REFUSED, Failure, write_failure
 from train.cluster.job import went_down
 
 
@@ -194,3 +194,12 @@ def test_a_line_cut_short_by_a_crash_costs_nothing_else(tmp_path: Path) -> None:
     assert start(tmp_path) == 2
     finish(tmp_path)
     assert [ended.attempt for ended in ended_attempts(tmp_path, "1")] == [1, 2]
+
+
+def test_a_hang_is_told_and_blames_no_node(tmp_path: Path) -> None:
+    start(tmp_path)
+    write_failure(tmp_path / FOLDER, Failure("a", 1, HUNG, 5.0, ""))
+    assert finish(tmp_path).action == "requeue"
+    end_row = rows(tmp_path)[-1]
+    assert end_row["reason"] == "the job hung; the log says where (rank 1 on a ended itself)"
+    assert end_row.get("node") is None

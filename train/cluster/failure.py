@@ -22,6 +22,8 @@ FOLDER = "attempt"
 REFUSED = 2
 """Exit code of what the user must change first; before the first step, nothing else can help."""
 
+HUNG = 75
+"""Exit code of every rank of a job that hung: EX_TEMPFAIL of sysexits.h, try again."""
 
 _LOST_PEER = re.compile(r"connection|peer|nccl|gloo|timed out", re.IGNORECASE)
 """What a rank says that lost another one: its own node is not to blame."""
@@ -39,13 +41,15 @@ class Failure(NamedTuple):
     @property
     def blamed(self) -> str | None:
         """The node, unless the failure may be another node's."""
-        lost = self.code >= 0 and _LOST_PEER.search(self.message)
+        lost = self.code == HUNG or (self.code >= 0 and _LOST_PEER.search(self.message))
         return None if lost else self.node
 
     def describe(self) -> str:
         """Return a clause that says who ended of what."""
         who = "the launcher" if self.rank is None else f"rank {self.rank}"
         who += f" on {self.node}"
+        if self.code == HUNG:
+            return f"the job hung; the log says where ({who} ended itself)"
         if self.code >= 0:
             return f"{who} exited with {self.code}" + (f": {self.message}" * bool(self.message))
         name = signal.Signals(-self.code).name

@@ -15,13 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from train.cluster.failure import HUNG
 from train.watch.hang import describe_hang
 from train.watch.peers import Peers, Report
 from train.watch.pulse import Pulse
 from train.watch.stack import describe_thread, last_collectives
 
-HANG_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again. torchrun itself exits 1 whatever its ranks' codes are."""
 MEASURED_STEPS = 2
 """The first step compiles and connects, and says little of the others."""
 _SILENT_AFTER = 5
@@ -171,7 +170,7 @@ class Watchdog:
                 self._wait_for_report()
         finally:
             sys.stderr.flush()
-            self._end(HANG_EXIT_CODE)
+            self._end(HUNG)
 
     def _tell_reported(self) -> None:
         try:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from tests.train.attempts import forked, launched, pretrain
 from tests.train.tiny import Shards, tiny
+from train.cluster.failure import HUNG
 from train.settings.config import Config, validate
 from train.tracking.timeline import read_events
 from train.watch.status import read_standing
-from train.watch.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.gloo
 
@@ -76,7 +76,7 @@ def hang(config: Config, ranks: int, function: Any, step: int, rank: int) -> tup
 def test_a_stopped_rank_is_named_with_its_last_place(tmp_path: Path, shards: Shards) -> None:
     config = validate(tiny(tmp_path / "run", shards, parallel__cp=2, **SOON, train__steps=8))
     codes, text = hang(config, 2, pretrain_stopping, 4, 1)
-    assert codes == [HANG_EXIT_CODE]
+    assert codes == [HUNG]
     assert "HANG at step 4" in text
     assert "suspect: rank 1 on " in text and "is silent since" in text
     # what the other one waits in: the ring of a layer
@@ -106,7 +106,7 @@ def test_under_torchrun_a_stopped_first_rank_is_named_by_the_other(
         text = attempt.text()
     assert "[watchdog of rank 1] HANG at step" in text
     assert "suspect: rank 0 on " in text and "is silent since" in text
-    assert f"exitcode: {HANG_EXIT_CODE}" in text.replace("exitcode  :", "exitcode:")
+    assert f"exitcode: {HUNG}" in text.replace("exitcode  :", "exitcode:")
     assert read_events(tmp_path / "run")[-1]["kind"] == "hang"
     assert read_standing(tmp_path / "run").state == "hung"
 
@@ -116,7 +116,7 @@ def test_a_rank_that_is_elsewhere_is_told_from_those_that_wait(
 ) -> None:
     config = validate(tiny(tmp_path / "run", shards, **SOON, train__steps=8))
     codes, text = hang(config, 2, pretrain_sleeping, 4, 0)
-    assert codes == [HANG_EXIT_CODE] * 2
+    assert codes == [HUNG] * 2
     assert "suspect: rank 0 on" in text
     assert "is in no collective, tests/train/watch/test_hang.py" in text
     assert "while others wait in a collective" in text
@@ -125,7 +125,7 @@ def test_a_rank_that_is_elsewhere_is_told_from_those_that_wait(
 def test_a_skipped_collective_is_seen_in_the_counts(tmp_path: Path, shards: Shards) -> None:
     config = validate(tiny(tmp_path / "run", shards, **SOON, train__steps=8))
     codes, text = hang(config, 2, pretrain_skipping_a_collective, 4, 1)
-    assert codes == [HANG_EXIT_CODE] * 2, text
+    assert codes == [HUNG] * 2, text
     assert "HANG at step 4" in text
     assert "in different collectives" in text
     # the one that skipped it began one less, and waits in the next

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from train.cluster.failure import HUNG
 from train.watch.hang import describe_hang
 from train.watch.peers import Report
 from train.watch.pulse import Place, Pulse
-from train.watch.watchdog import HANG_EXIT_CODE, Limits, Watchdog
+from train.watch.watchdog import Limits, Watchdog
 
 LIMITS = Limits(first_s=1800.0, floor_s=60.0, factor=5.0)
 
@@ -115,7 +116,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_silent_rank_ends_the_job_and_is_the_suspect() -> None:
     _, said, codes = watch(Board(0, {1: other(still_s=0.0)}))
     wait_until(lambda: bool(codes))
-    assert codes == [HANG_EXIT_CODE]
+    assert codes == [HUNG]
     assert "suspect: rank 1 on b is silent" in said[0]
 
 
@@ -136,7 +137,7 @@ def test_while_a_rank_is_within_its_limit_the_others_wait_for_it() -> None:
 def test_a_lost_store_does_not_keep_a_rank_waiting() -> None:
     _, said, codes = watch(Lost(0, {}))
     wait_until(lambda: bool(codes))
-    assert codes == [HANG_EXIT_CODE] and "store does not answer" in said[0]
+    assert codes == [HUNG] and "store does not answer" in said[0]
 
 
 def test_the_first_rank_that_lives_speaks_and_the_others_wait_for_it() -> None:
