@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.block import Block
 from model.decoder import Decoder
-from model.memory.base import map_tensors
+from model.memory.base import detach
 from parallel.mesh import Mesh, build_mesh, place
 from parallel.slicing import layout_of
 from parallel.tensor import sum_scattered_gradients
@@ -74,10 +74,14 @@ def _pass(config: Config, shapes: Shapes, vocab_size: int, rank: int) -> DryRun:
                 trace.belongs(batch.values(), "input")
                 trace.label_modules(model, _part_of)
                 output = model(**batch)
+                with trace.part("state"):
+                    state = detach(output.state)
+                loss = output.loss
+                del output  # as train.loop does
                 kept = _without_weights(trace.now())
                 with trace.part("backward"):
-                    output.loss.backward()
-                del output
+                    loss.backward()
+                del state
                 peak = _without_weights(trace.peak)
     return DryRun(
         rank,
