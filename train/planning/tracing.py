@@ -67,7 +67,8 @@ class Trace(TorchDispatchMode):
         if func.namespace == "c10d":
             self._sent(func, args)
         for tensor in _tensors(result):
-            self._count(tensor.untyped_storage())
+            if tensor.device.type != "meta":  # shapes that a library keeps for itself
+                self._count(tensor.untyped_storage())
         return result
 
     @contextlib.contextmanager
