@@ -101,9 +101,9 @@ def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activatio
     ring = _messages(s, config) * part
     moments = [
         moment(backward=0.0, logits=norm + _loss(s, config)),
-        moment(backward=at_norm, logits=norm + _head_gradients(s)),
+        moment(backward=at_norm, logits=WIDE * s.outside * s.width),
         moment(recomputed=again, backward=dx + _ffn_backward(s, config) * part),
-        moment(recomputed=again - inner, backward=dx + at_norm * part),
+        moment(recomputed=again - inner - dx, backward=dx + at_norm * part),
         moment(
             recomputed=again - before,
             backward=dx + _attention_backward(s, model.memory) * part,
@@ -204,12 +204,6 @@ def _messages(s: _Sizes, config: Config) -> float:
     if config.parallel.attention == "ring":
         return pair * (2 * s.shapes.element + 3 * WIDE)
     return pair * s.shapes.cp * (s.shapes.element + WIDE)
-
-
-def _head_gradients(s: _Sizes) -> float:
-    """Return the gradients that the loss leaves: of all hidden rows, and of the output matrix."""
-    vocab = s.model.padded_vocab_size / s.shapes.tp
-    return s.shapes.element * (s.rows * s.width + vocab * s.width)
 
 
 def _loss(s: _Sizes, config: Config) -> float:

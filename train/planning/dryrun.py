@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.block import Block
 from model.decoder import Decoder
 from model.memory.base import detach
 from parallel.mesh import Mesh, build_mesh, place
@@ -39,6 +38,7 @@ class DryRun(NamedTuple):
     kept: Held  # between forward and backward, weights not counted
     peak: Held  # the most at any moment, weights not counted
     messages: Counter[Message]
+    operations: int  # of tensors, views counted too
 
 
 def dry_run(
@@ -91,6 +91,7 @@ def _pass(config: Config, shapes: Shapes, vocab_size: int, rank: int) -> DryRun:
         kept,
         peak,
         trace.messages,
+        trace.operations,
     )
 
 

@@ -55,6 +55,7 @@ class Trace(TorchDispatchMode):
         self.held: Counter[str] = Counter()
         self.peak = Held({})
         self.messages: Counter[Message] = Counter()
+        self.operations = 0
         self._total = self._peak = 0
         self._parts: dict[int, tuple[str, int]] = {}  # of each storage alive
         self._names = [WORKSPACE]
@@ -64,6 +65,7 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         """Run one operation and count what it made."""
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         if func.namespace == "c10d":
             self._sent(func, args)
         for tensor in _tensors(result):
