@@ -113,6 +113,12 @@ def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activatio
     return max(moments, key=lambda moment: moment.total)
 
 
+def activations_of_layer(config: Config, model: ModelConfig, shapes: Shapes) -> float:
+    """Return what one layer makes for its backward without checkpointing, its memory included."""
+    s = _Sizes(model, shapes)
+    return _kept(s, "none", config) + _memory_kept(s, model.memory)
+
+
 def _kept(s: _Sizes, mode: str, config: Config) -> float:
     """Return what the tokens of one layer keep.
 

@@ -27,6 +27,7 @@ class Device(Section):
     attention_backward: Share = Field(description="Share that attention reaches, backward.")
     memory_bytes: ByteSize = Field(description="Memory of the device that a process can use.")
     memory_rate: Positive = Field(description="Bytes/s that a copy moves, read and written.")
+    host_rate: Positive = Field(description="Bytes/s of a copy between device and host.")
     launch_s: NonNegative = Field(description="Seconds from one small operation to the next.")
     reserved_bytes: ByteSize = Field(description="Taken before a tensor is made: context, NCCL.")
     fragmentation: NonNegative = Field(description="Share of activations lost between tensors.")
