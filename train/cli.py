@@ -19,6 +19,7 @@ from train.commands.export import export_model
 from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
+from train.commands.plan import plan
 from train.starting.provenance import PACKAGES, check_provenance
 
 app = typer.Typer(
@@ -353,6 +354,7 @@ app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
+app.command()(plan)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint)
 

@@ -23,6 +23,7 @@ from parallel.mesh import Mesh, build_mesh, place
 from parallel.slicing import layout_of
 from parallel.tensor import sum_scattered_gradients
 from train.build import make_model, to_model_config
+from train.planning.memory import gib
 from train.planning.shapes import Shapes, shapes_of
 from train.planning.tracing import Held, Message, Trace
 from train.settings.config import Config
@@ -40,6 +41,22 @@ class DryRun(NamedTuple):
     messages: Counter[Message]
     operations: int  # of tensors, views counted too
 
+    def describe(self) -> list[str]:
+        """Return the pass in lines."""
+        tp_rank, cp_rank, _ = self.place
+        peak = ", ".join(f"{name} {gib(size)}" for name, size in sorted(self.peak.parts.items()))
+        lines = [
+            f"rank {self.rank} (TP {tp_rank}, CP {cp_rank}): {self.parameters:,} weights; beside"
+            f" them at most {gib(self.peak.total)}: {peak}"
+        ]
+        for message, count in sorted(self.messages.items()):
+            operation = message.operation.strip("_")
+            lines.append(
+                f"  {count:>6} x {operation} of {gib(message.num_bytes)}"
+                f" ({message.num_bytes:,} bytes) over {message.ranks} {message.group} ranks"
+            )
+        return lines
+
 
 def dry_run(
     config: Config, world: int, vocab_size: int, ranks: Sequence[int] | None = None
@@ -55,9 +72,9 @@ def dry_run(
 
 
 def distinct_ranks(shapes: Shapes) -> list[int]:
-    """Return the first and last rank of each of TP and CP: data-parallel ranks are all alike."""
+    """Return the first and the last rank of TP and CP: data-parallel ranks are all alike."""
     tp, cp = shapes.tp, shapes.cp
-    return sorted({0, tp - 1, (cp - 1) * tp, cp * tp - 1})
+    return sorted({0, cp * tp - 1})
 
 
 def _pass(config: Config, shapes: Shapes, vocab_size: int, rank: int) -> DryRun:

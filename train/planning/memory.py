@@ -44,6 +44,7 @@ class Memory(NamedTuple):
     host: dict[str, int]
     limit: int  # of the device
     host_limit: int
+    one_state: int = 0  # bytes of the state that one pass leaves
 
     @property
     def total(self) -> int:
@@ -117,7 +118,8 @@ def memory_of(
     }
     if not cuda:
         host["ranks"] = sum(parts.values()) * ranks_per_node
-    return Memory(parts, host, cluster.device.memory_bytes, cluster.host_bytes)
+    limits = (cluster.device.memory_bytes, cluster.host_bytes)
+    return Memory(parts, host, *limits, int(work.state))
 
 
 def gib(size: float) -> str:
