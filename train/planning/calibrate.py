@@ -17,7 +17,7 @@ import torch.multiprocessing as processes
 import yaml
 
 from model.kernels import choose_kernel
-from train.metrics import peak_flops
+from train.metrics import Precision, peak_flops
 from train.planning.cluster import Cluster
 
 BUDGET_S = 0.6
@@ -36,13 +36,11 @@ def calibrate(path: Path) -> Iterator[str]:
     Messages are measured between two processes: two GPUs by NCCL, where there are, else by gloo.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16, fp32 = peak_flops(device, "bf16"), peak_flops(device, "fp32")
-    yield (
-        f"peak: {bf16.flops_per_s:.3g} FLOP/s bfloat16, {fp32.flops_per_s:.3g} float32"
-        f" ({bf16.source})"
-    )
+    torch.set_num_threads(1)  # a rank's, under torchrun
+    bf16, fp32 = _peak(device, "bf16"), _peak(device, "fp32")
+    yield f"peak: {bf16:.3g} FLOP/s bfloat16, {fp32:.3g} float32"
     wide = device.type == "cpu"  # what a CPU trains in
-    peak = fp32.flops_per_s if wide else bf16.flops_per_s
+    peak = fp32 if wide else bf16
     rates = _rates(torch.float32 if wide else torch.bfloat16, device)
     yield (
         f"of it: products {rates.matmul / peak:.0%}, attention {rates.attention / peak:.0%},"
@@ -66,8 +64,8 @@ def calibrate(path: Path) -> Iterator[str]:
         " measured: it stands as the node's own link, and failures are a guess",
         "device": {
             "kind": device.type,
-            "peak_bf16": bf16.flops_per_s,
-            "peak_fp32": fp32.flops_per_s,
+            "peak_bf16": bf16,
+            "peak_fp32": fp32,
             "matmul": min(1.0, rates.matmul / peak),
             "attention": min(1.0, rates.attention / peak),
             "attention_backward": min(1.0, rates.attention_backward / peak),
@@ -81,7 +79,7 @@ def calibrate(path: Path) -> Iterator[str]:
         "per_node": per_node,
         "host_bytes": memory,
         "node": link,
-        "network": link,
+        "network": dict(link),
         "overlap": 0.8 if device.type == "cuda" else 0.5,
         "disk_rate": disk,
         "failures_per_node_day": 0.004,
@@ -93,17 +91,26 @@ def calibrate(path: Path) -> Iterator[str]:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the median time of run."""
+    """Return the median time of run; on a CPU that of one thread, other processes left out."""
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     run()
     took: list[float] = []
     begin = time.perf_counter()
     while len(took) < 3 or time.perf_counter() - begin < BUDGET_S:
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         run()
         _wait(device)
-        took.append(time.perf_counter() - start)
+        took.append(clock() - start)
     return statistics.median(took)
+
+
+def _peak(device: torch.device, precision: Precision) -> float:
+    """Return FLOP/s: of a GPU its data sheet's, of a CPU those of the best square product."""
+    if device.type == "cuda":
+        return peak_flops(device, precision).flops_per_s
+    a = torch.ones(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2.0 * 1024**3 / _seconds(lambda: a @ a, device)
 
 
 def _wait(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.build import to_model_config
@@ -63,18 +63,22 @@ def choose(
     *,
     vocab_size: int = 0,
     segments: bool = False,
+    only: Mapping[str, Sequence[Any]] | None = None,
 ) -> Choices:
     """Return the layouts of a configuration on nodes * ranks_per_node ranks.
 
-    segments: also with half and twice the segment_len, which changes the model's reach.
+    segments: also with half and twice the segment_len, which changes the model's reach. only: of
+    these keys, these values.
     """
     world = nodes * ranks_per_node
     cluster = cluster.model_copy(update={"per_node": ranks_per_node})
     fitting, nearest, valid = [], None, 0
     for shape in _shapes(config, world, ranks_per_node, segments):
-        if not _valid(config, shape, world):
+        if not (_wanted(shape, only or {}) and _valid(config, shape, world)):
             continue
         for changes in _ways(shape):
+            if not _wanted(changes, only or {}):
+                continue
             changed = _changed(config, changes)
             valid += 1
             model = to_model_config(changed, vocab_size)
@@ -118,6 +122,10 @@ def _ways(shape: Changes) -> Iterator[Changes]:
             "parallel.attention": exchange,
             "train.checkpointing": mode,
         }
+
+
+def _wanted(changes: Changes, only: Mapping[str, Sequence[Any]]) -> bool:
+    return all(changes[key] in values for key, values in only.items() if key in changes)
 
 
 def _valid(config: Config, changes: Changes, world: int) -> bool:
