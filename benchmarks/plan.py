@@ -34,12 +34,12 @@ VOCAB = {"7B": 32_000, "Qwen3-8B": 151_936}
 
 
 def config_of(
-    model: str, length: int, lanes: int, world: int | None, **changes: dict[str, Any]
+    name: str, length: int, lanes: int, world: int | None, **changes: dict[str, Any]
 ) -> Config:
     """Return a run whose samples are `length` tokens; without a memory, one segment each."""
     values: dict[str, Any] = {
         "name": "plan",
-        "model": MODELS[model] | {"vocab_size": VOCAB.get(model, 128_256)},
+        "model": MODELS[name] | {"vocab_size": VOCAB.get(name, 128_256)},
         "data": {"train": "shards", "segment_len": length, "sample_len": length},
         "train": {"steps": 1000, "batch_size": lanes, "lr": 1e-4, "precision": "bf16"},
         "parallel": {},
@@ -105,10 +105,9 @@ def published() -> str:
 
 
 LENGTHS = {"32k": 32 * K, "128k": 128 * K, "1M": K * K, "10M": 10 * K * K}
-SIZES = (64, 512, 4096, 16384)
+SIZES = (64, 1024, 16384)
 MEMORIES: dict[str, dict[str, Any]] = {
     "full attention": {"name": "none"},
-    "window": {"name": "window"},
     "fam": {"name": "fam", "window": 1},
     "infini": {"name": "infini", "window": 1},
     "rmt": {"name": "rmt", "window": 1},

@@ -50,7 +50,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, groups: dict[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.groups = groups  # axis by process group's name
         self.held: Counter[str] = Counter()
         self.peak = Held({})
