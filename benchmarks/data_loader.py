@@ -16,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Corpus, Streams, load, write_corpus
+from data.index import Corpus
 from data.inputs import documents
+from data.loader import load
 from data.prepare import prepare
+from data.shards import write_corpus
+from data.streams import Streams
 from data.tokenizer import ByteTokenizer, Tokenizer, train_tokenizer
 
 DOCUMENTS, DOCUMENT_LEN, PASSES = 1024, 32768, 5

@@ -6,18 +6,14 @@ A corpus asks for whole small files and for opened shards; it never joins a path
 from __future__ import annotations
 
 import os
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 from data.shards import Manifest, Shard
 
 # Below the usual limit of 1024 open files, with room for the trainer's own.
 _OPEN_SHARDS = 128
-# Two letters at least: C:/ is a drive.
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
 
 
 class OpenFile:
@@ -48,29 +44,6 @@ class OpenFile:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-
-
-def url_of(folder: str | Path) -> str | None:
-    """Return the URL that a folder's name is, None for a path.
-
-    A Path has folded the // of a URL to /, so one slash is enough here.
-    """
-    match = _URL.fullmatch(str(folder))
-    if match is None:
-        return None
-    return f"{match[1]}://{'/' if match[1] in ('file', 'local') else ''}{match[2]}"
-
-
-def shown_url(url: str) -> str:
-    """Return a URL for messages: without user, password, query."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-
-
-def shown_folder(folder: str | Path) -> str:
-    """Return how messages name a corpus: its path, or its URL without secrets."""
-    url = url_of(folder)
-    return str(folder) if url is None else shown_url(url)
 
 
 class Files(Protocol):

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data.cache import Cache, WrongBytes
-from data.files import Files, LocalFiles, OpenFile, shown_url, url_of
+from data.files import Files, LocalFiles, OpenFile
 from data.shards import INDEX_SUFFIX, MANIFEST, Manifest, Shard, index_bytes
+from data.urls import shown_url, url_of
 
 _LOG = logging.getLogger("longhaul.data")
 _PIECE = 1 << 20

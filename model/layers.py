@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from model.compiled import fused
 from model.config import ModelConfig
 from model.interfaces import Linears
 
@@ -37,7 +38,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x [..., features], in the weight's type."""
-        return normalise(x, self.eps).to(self.weight.dtype) * self.weight
+        return _scaled(x, self.weight, self.eps)
+
+
+@fused
+def _scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return normalise(x, eps).to(weight.dtype) * weight
 
 
 def normalise(x: Tensor, eps: float) -> Tensor:
@@ -98,6 +104,11 @@ class SwiGLU(nn.Module):
         return torch.cat([checkpoint(self._all, part, use_reentrant=False) for part in parts])
 
     def _all(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        result: Tensor = self.down(functional.silu(gate) * up)
+        result: Tensor = self.down(_gated(self.gate_up(x)))
         return result
+
+
+@fused
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate) * up

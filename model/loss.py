@@ -32,8 +32,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wanted = of_hidden or of_weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         dhidden = torch.empty_like(hidden) if of_hidden else None
-        # Hundreds of chunks add up here: bfloat16 would lose the later ones.
-        dweight = torch.zeros_like(weight, dtype=wide) if of_weight else None
+        dweight: Tensor | None = None
         losses = []
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -48,8 +47,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 (dlogits,) = torch.autograd.grad(total, logits)
             if dhidden is not None:
                 dhidden[rows] = dlogits @ weight
-            if dweight is not None:
-                dweight += dlogits.t() @ hidden[rows]
+            if of_weight:
+                part = dlogits.t() @ hidden[rows]
+                # Hundreds of chunks add up here: bfloat16 would lose the later ones.
+                dweight = part if hidden.shape[0] <= chunk else _added(dweight, part, wide)
         token_losses = torch.cat(losses)
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
@@ -60,8 +61,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors)
+        # In place: they are nobody else's, and torch refuses a second backward over them.
+        grads = (None if d is None else d.mul_(dloss) for d in ctx.saved_tensors)
         return *grads, None, None, None, None
+
+
+def _added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part.to(dtype) if total is None else total.add_(part)
 
 
 def chunked_loss(

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from model.compiled import fused
 from model.config import RopeScaling
 
 UNSCALED = RopeScaling()
@@ -40,6 +41,7 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.lerp(slow, frequencies, kept)
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x rotated: x [..., S, *heads, K]; cos, sin broadcast to [..., S, *ones, K / 2]."""
     a, b = x.to(cos.dtype).chunk(2, -1)

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 from model.attention import Layout
+from model.compiled import use_compiled
 from model.config import ComputeConfig, LoraConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Linears
 from model.local import FoldedSequence, LocalLinears
+from parallel.engine import Engine, make_engine
 from parallel.mesh import Mesh
 from parallel.ring import choose_exchange
 from parallel.slicing import layout_of
 from parallel.tensor import MegatronLinears, cut_of, sum_scattered_gradients
-from parallel.zero import ZeroEngine
 from train.settings.config import Config
 from train.settings.memories import to_memory_config
 
@@ -28,7 +29,7 @@ class Built(NamedTuple):
     """A model in its layout, with its optimizer."""
 
     model: Decoder
-    engine: ZeroEngine
+    engine: Engine
     layout: Layout
 
 
@@ -66,6 +67,7 @@ def build(
 
     fill: called with the model before its engine takes it, to put in other weights.
     """
+    use_compiled(config.train.compile)
     layout = layout_of(config.parallel.layout, mesh.cp)
     model = make_model(config, model_config, mesh, layout)
     initialise(
@@ -78,7 +80,7 @@ def build(
     fill(model)
     if mesh.tp > 1 and config.parallel.sequence_parallel:
         sum_scattered_gradients(model, mesh)
-    engine = ZeroEngine(
+    engine = make_engine(
         model,
         make_optimizer(model, config),
         mesh,
@@ -108,7 +110,7 @@ def make_model(config: Config, model_config: ModelConfig, mesh: Mesh, layout: La
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """Return AdamW of what is trained; matrices decay, norms and gains do not.
 
-    A parameter with an `lr_scale` has a group of that scale, without decay; see ZeroEngine.step.
+    A parameter with an `lr_scale` has a group of that scale, without decay; see Engine.step.
     """
     train = config.train
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import shown_folder
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.urls import shown_folder
 from data.wide import WideCorpus
 from model.compact import Compact, continue_from
 from model.config import LandmarkMemory, NoMemory

@@ -12,13 +12,13 @@ import pytest
 
 from data import remote as remote_module
 from data.cache import Cache
-from data.files import shown_url, url_of
 from data.index import Corpus
 from data.loader import load
 from data.remote import FetchError, Patience, Remote, joined
 from data.shards import INDEX_SUFFIX, Manifest
 from data.streams import Streams
 from data.tokenizer import ByteTokenizer
+from data.urls import shown_url, url_of
 from tests.data.corpora import write_numbers
 from tests.data.server import Server, serving
 

@@ -122,8 +122,9 @@ MEMORIES: dict[str, tuple[dict[str, Any], object]] = {
             "window": 2,
             "retrieve": 3,
             "granularity": "heads",
+            "layers": "last",
         },
-        LandmarkMemory(block=16, window=2, retrieve=3, granularity="heads"),
+        LandmarkMemory(block=16, window=2, retrieve=3, granularity="heads", layers="last"),
     ),
 }
 

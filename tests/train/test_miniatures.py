@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from data.tasks import FILLER, KEY, QUERY, multi_fact_recall
 from model.config import FamMemory
+from model.decoder import Decoder
 from model.memory.base import named_tensors
 from train.miniatures import facts, report, trainer
 from train.miniatures.blocks import Blocks
@@ -490,6 +491,22 @@ def test_facts_are_trained_checked_and_shown(tmp_path: Path) -> None:
     text = report.table(tmp_path, [miniature])
     assert "| 96 | 5 |" in text
     assert "by uniform search, at 96 | 1 |" in text
+
+
+def test_a_stage_of_facts_has_blocks_of_its_own_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [{"recipe": "facts", "steps": 1, **more} for more in ({"block_len": 12}, {})]
+    miniature = load_miniature(facts_file(tmp_path, stages=stages))
+    ask, lengths = facts.ask, []
+
+    def seen(model: Decoder, rng: np.random.Generator, *shape: int) -> facts.Recalled:
+        lengths.append(shape[-1])
+        return ask(model, rng, *shape)
+
+    monkeypatch.setattr(facts, "ask", seen)
+    trainer.train(miniature, 0, lambda line: None)
+    assert lengths == [12, 16]
 
 
 def test_the_search_s_loss_is_over_all_rows_but_hides_the_same_name() -> None:

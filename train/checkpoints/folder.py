@@ -5,10 +5,10 @@
     checkpoints/latest                                 the name of the newest
 
 A save (train.checkpoints.saver) fills a temporary folder; the manifest is written last, then the
-folder gets its name. One found damaged is set aside as step-00000200.bad when a run goes on from an older one.
-A rank's share is fragments of float32 master weights and moments, named by parameter and place,
-with its streams' memory and its random state (train.checkpoints.stored reads them at any layout).
-Weights themselves are the rounded masters: not stored.
+folder gets its name. One found damaged is set aside as step-00000200.bad when a run goes on from
+an older one. A rank's share is fragments of float32 master weights and moments, named by parameter
+and place, with its streams' memory and its random state (train.checkpoints.stored reads them at any
+layout). Weights themselves are the rounded masters: not stored.
 """
 
 from __future__ import annotations

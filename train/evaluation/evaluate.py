@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.files import shown_folder
 from data.index import Corpus
+from data.urls import shown_folder
 from model.decoder import Output
 from model.memory.base import State
 from train.evaluation.measure import ALL, choose_lanes, measure

@@ -1,8 +1,9 @@
 """The question tasks of an evaluation: rates with intervals, and whether the memory is used.
 
 Every task is asked with the memory, without it, and with another prompt's
-(train.evaluation.answers). The verdict is over all prompts whose fact lies before the segment of the question: the memory is
-used where it answers more of them than no memory and than another's do.
+(train.evaluation.answers). The verdict is over all prompts whose fact lies before the segment
+of the question: the memory is used where it answers more of them than no memory and than another's
+do.
 """
 
 from __future__ import annotations

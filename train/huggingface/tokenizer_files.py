@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.files import shown_folder
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.urls import shown_folder
 from data.wide import WideCorpus
 from train.remote import open_remote
 from train.settings.config import Config

@@ -114,7 +114,7 @@ class FactsStage(StageSection):
         default=MAX_BLOCKS - 1, description="Most facts before the question's block."
     )
     first: Annotated[int, Field(ge=1)] = Field(default=1, description="Facts at first.")
-    block_len: TokenLength | None = Field(
+    block_len: Annotated[TokenLength, Field(ge=10)] | None = Field(
         default=None,
         description="Tokens of a block in this stage; left out, segment_len. In short ones the"
         " search learns in 200 steps what it does not find in 1000 of 64 tokens.",

@@ -1,6 +1,7 @@
 """What DeepSpeed's ZeRO holds on one rank, by the rules of its stages.
 
 Read in DeepSpeed 0.19.8 (stage_1_and_2.py, stage3.py) and held in tests against real engines.
+Where nobody shares, parallel.whole stands in its place.
 parallel.zero asks for AdamW, float32 accumulation and DeepSpeed's own bucket sizes.
 """
 
@@ -40,11 +41,15 @@ def zero_bytes(
     ZeRO cuts over; element: bytes of a weight; cuda: reductions overlap with the backward, from
     two buckets (and a bucket is resident whole; on a CPU only what was written to).
     """
+    if ranks == 1:  # parallel.whole: no buckets; in float32 the weights are their own masters
+        master = WIDE * trained if element < WIDE else 0
+        whole = WIDE * trained
+        return ZeroBytes(element * held, master, 2 * whole, whole, 0, 0)
     share = -(-trained // ranks)
     bucket = BUCKET if cuda else min(BUCKET, trained)
     number = 2 if cuda else 1
     if stage == 3:
-        gathered = element * (min(held, GATHERED) + min(held, PREFETCH)) if ranks > 1 else 0
+        gathered = element * (min(held, GATHERED) + min(held, PREFETCH))
         return ZeroBytes(
             parameters=element * -(-held // ranks),
             master=WIDE * share,

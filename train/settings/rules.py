@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from data.files import shown_url, url_of
+from data.urls import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
 from train.settings.memories import IN_TURN, Memory, find_memory
 from train.settings.memory_rules import MEMORY_RULES

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
-from data.files import shown_folder, url_of
+from data.urls import shown_folder, url_of
 from train.settings.lora import LoraSection
 from train.settings.memories import Memory, NoMemory
 from train.settings.pretrained_keys import RopeScalingSection
@@ -29,7 +29,7 @@ from train.settings.units import (
 
 # it names a folder, an experiment's run and files, so nothing a shell or a URL would change
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-# a Path folds the // of a URL: data.files unfolds it
+# a Path folds the // of a URL: data.urls unfolds it
 Folder = Annotated[
     Path,
     PlainSerializer(lambda path: url_of(path) or str(path), return_type=str, when_used="json"),
@@ -324,6 +324,12 @@ class TrainSection(Section):
         default=None,
         description="Tokens that a feed-forward layer takes at once; left out, all. Set it when"
         " ffn activations of long segments do not fit; the result does not change.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Fuse norms, rotations, gates and the loss into kernels of their own"
+        " (torch.compile; on a CPU it needs a C++ compiler). The first step takes up to a minute"
+        " longer, once for each machine; results differ by rounding.",
     )
     max_nonfinite: Index = Field(
         default=3,

@@ -1,0 +1,52 @@
+"""Elementwise chains as one kernel each: torch.compile where asked for, plain torch elsewhere.
+
+Matrix products and attention have kernels of their own; what lies between them (norms, rotations,
+gates, the loss) is bound by memory, and a chain of operations reads and writes it once each.
+
+One switch for the process, as torch's own backends have them. Results differ by rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_on = False
+
+
+def use_compiled(on: bool) -> None:
+    """Compile what is `fused` from now on, or do not.
+
+    Raises ValueError where that needs a C++ compiler (on a CPU) and there is none.
+    """
+    global _on
+    compiler = os.environ.get("CXX", "g++")
+    if on and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise ValueError(
+            f"train.compile needs a C++ compiler, and there is no {compiler}; install one, name it"
+            " in CXX, or leave train.compile out"
+        )
+    _on = on
+
+
+def fused(function: Callable[P, T]) -> Callable[P, T]:
+    """Return function, as one kernel while the switch is on; it must be pure."""
+
+    @functools.cache  # not before it is asked for: the compiler alone takes seconds to import
+    def kernel() -> Callable[P, T]:
+        # Dynamic: one kernel for every shape, so that no result depends on which came first.
+        return torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return (kernel() if _on else function)(*args, **kwargs)
+
+    return run

@@ -1,0 +1,83 @@
+"""What trains a model: the interface, and the one place that chooses who does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from parallel.mesh import Mesh
+
+
+class Fragment(NamedTuple):
+    """This rank's share of one parameter's training state.
+
+    values are views: copying into them changes the state. Each holds elements
+    [start, start + numel) of the flattened tensor-parallel part of the parameter. A frozen
+    parameter has a master alone: the weight itself, in the type that the model computes with.
+    """
+
+    name: str
+    start: int
+    values: dict[str, Tensor]  # master, exp_avg, exp_avg_sq: [numel] float32
+
+    @property
+    def numel(self) -> int:
+        """Elements of the share."""
+        return next(iter(self.values.values())).numel()
+
+
+class Engine(Protocol):
+    """A model with its optimizer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model forward."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of loss, this rank's part of the global mean. last: before `step`."""
+        ...
+
+    def step(self, lr: float) -> float | None:
+        """Update the weights; return the gradient norm before clipping, over all ranks.
+
+        lr is multiplied by a parameter group's own `lr_scale`, where it has one. Returns None, and
+        leaves weights and moments as they were, where a gradient is not finite.
+        """
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's share of master weights and moments, as views, by parameter."""
+        ...
+
+    def optimizer_step_count(self) -> float:
+        """Return how many updates the moments have seen."""
+        ...
+
+    def restore(self, step_count: float) -> None:
+        """Call after copying into `fragments`: weights follow the masters, moments their count."""
+        ...
+
+
+def make_engine(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    mesh: Mesh,
+    *,
+    stage: int,
+    bf16: bool,
+    clip: float,
+) -> Engine:
+    """Return DeepSpeed's ZeRO; where there is nobody to share with, an engine that shares nothing.
+
+    stage: of ZeRO, 1 to 3; clip: the largest norm of the whole gradient.
+    """
+    if mesh.zero_size == 1:
+        from parallel.whole import WholeEngine
+
+        return WholeEngine(model, optimizer, mesh, bf16=bf16, clip=clip)
+    from parallel.zero import ZeroEngine
+
+    return ZeroEngine(model, optimizer, mesh, stage=stage, bf16=bf16, clip=clip)
