@@ -116,7 +116,7 @@ def plan(
             work = (
                 sum(
                     made.memory.parts[name]
-                    for name in ("layers", "one layer", "ring messages", "logits")
+                    for name in ("layers", "memory graph", "one layer", "ring messages", "logits")
                 )
                 + made.memory.one_state
             )

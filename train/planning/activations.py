@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from model.config import ComposedMemory, MemoryConfig, ModelConfig
+from model.config import MemoryConfig, ModelConfig
 from model.memory.armt import ROLLS
 from train.planning.shapes import Shapes, rows_in_turn
+from train.planning.states import WIDE, layer_state, parts_of
 from train.settings.config import Config
-
-WIDE = 4  # bytes of float32
 
 
 class _Sizes(NamedTuple):
@@ -78,7 +77,7 @@ def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activatio
     token_layer, memory_layer = _kept(s, "none", config), _memory_kept(s, model.memory)
     token_kept = _kept(s, mode, config)
     memory_kept = memory_layer if mode != "block" else _memory_inputs(s, model.memory)
-    state = _state(s, model.memory) * layers
+    state = layer_state(model, shapes) * layers
     more = 1.5 if model.memory.name == "hmt" else 1.0  # halves are read once more, for summaries
     kept = layers * (more * token_kept + memory_kept)
 
@@ -223,12 +222,8 @@ def _loss(s: _Sizes, config: Config) -> float:
 
 
 def _extra_projection(s: _Sizes) -> float:
-    extra = sum(m.slots for m in _parts(s.model.memory) if m.name == "abc")
+    extra = sum(m.slots for m in parts_of(s.model.memory) if m.name == "abc")
     return s.shapes.element * s.rows * extra * s.model.num_kv_heads / s.shapes.tp
-
-
-def _parts(memory: MemoryConfig) -> list[MemoryConfig]:
-    return list(memory.parts) if isinstance(memory, ComposedMemory) else [memory]
 
 
 def _chain_rows(s: _Sizes, memory: MemoryConfig) -> float:
@@ -251,7 +246,7 @@ def _memory_kept(s: _Sizes, memory: MemoryConfig) -> float:
     e, rows, kept = s.shapes.element, s.rows, 0.0
     heads = s.model.num_kv_heads / s.shapes.tp
     streams = s.shapes.batch * s.shapes.segments
-    for part in _parts(memory):
+    for part in parts_of(memory):
         chain = _chain_rows(s, part)
         inner = 4 * e * s.ffn + e * (3 * s.queries + 3 * s.keys)
         kept += chain * (inner + 2 * (2 * WIDE + e) * s.width / s.shapes.scattered * 1.2)
@@ -277,7 +272,7 @@ def _memory_kept(s: _Sizes, memory: MemoryConfig) -> float:
 def _memory_inputs(s: _Sizes, memory: MemoryConfig) -> float:
     """Return what a layer's memory keeps where blocks are recomputed: rows and states handed on."""
     kept = 0.0
-    for part in _parts(memory):
+    for part in parts_of(memory):
         streams = s.shapes.batch * s.shapes.segments
         match part.name:
             case "fam":
@@ -290,23 +285,4 @@ def _memory_inputs(s: _Sizes, memory: MemoryConfig) -> float:
                 kept += streams * (features * s.width + part.slots * s.width) * WIDE
     if rows_in_turn(s.model) and s.model.window:
         kept += 2 * s.shapes.element * s.rows * s.keys * s.model.window
-    return kept + _state(s, memory)
-
-
-def _state(s: _Sizes, memory: MemoryConfig) -> float:
-    """Return one layer's state after a pass, and its copy that is carried on."""
-    b, m = s.shapes.batch, s.model
-    size = 2 * b * m.window * s.shapes.length * s.keys * s.shapes.element
-    heads = m.num_kv_heads / s.shapes.tp
-    for part in _parts(memory):
-        match part.name:
-            case "fam":
-                size += b * part.slots * m.hidden_size * WIDE
-            case "infini":
-                size += b * heads * m.head_dim * (m.head_dim + 1) * WIDE
-            case "abc" | "cmab":
-                slots = part.slots if part.name == "abc" else part.latents
-                size += b * heads * slots * (2 * m.head_dim + 1) * WIDE
-            case "armt":
-                size += b * 2 * ROLLS * part.key_dim * m.hidden_size * WIDE
-    return size
+    return kept + layer_state(s.model, s.shapes)

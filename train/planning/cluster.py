@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from train.settings.remedies import did_you_mean
 from train.settings.units import ByteSize, Count, NonNegative, Positive, Section, parse_real
 
-FOLDER = Path(__file__).parents[2] / "configs" / "clusters"
+FOLDER = Path(__file__).parent / "clusters"
 
 Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(parse_real)]
 

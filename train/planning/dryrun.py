@@ -85,7 +85,7 @@ def _pass(config: Config, shapes: Shapes, vocab_size: int, rank: int) -> DryRun:
         with FakeTensorMode():
             model = _fake_model(config, mesh, vocab_size, shapes)
             parameters = list(model.parameters())
-            batch = _fake_batch(config, shapes, model, vocab_size)
+            batch = _fake_batch(shapes)
             with trace:
                 trace.belongs(parameters, "weights")
                 trace.belongs(batch.values(), "input")
@@ -153,10 +153,8 @@ def _to_bfloat16(model: nn.Module) -> None:
             setattr(module, name, narrow)
 
 
-def _fake_batch(
-    config: Config, shapes: Shapes, model: Decoder, vocab_size: int
-) -> dict[str, Tensor]:
-    """Return the arguments of one forward pass in the middle of a document."""
+def _fake_batch(shapes: Shapes) -> dict[str, Tensor]:
+    """Return the arguments of one forward pass, whole segments of one document."""
     shape = (shapes.batch, shapes.segments, shapes.length)
     tokens = torch.zeros(shape, dtype=torch.int64)
     starts = torch.zeros(shape[:2], dtype=torch.bool)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from model.config import ComposedMemory, MemoryConfig, ModelConfig
+from model.config import ModelConfig
 from train.metrics import forward_flops_per_token
-from train.planning.activations import WIDE, activations_of_layer
+from train.planning.activations import activations_of_layer
 from train.planning.cluster import Cluster
 from train.planning.shapes import Shapes, rows_in_turn
+from train.planning.states import WIDE, parts_of
 from train.planning.weights import count_weights
 from train.settings.config import Config
 
@@ -161,7 +162,7 @@ def _context_parallel(
 
 def _chain(model: ModelConfig, shapes: Shapes, cluster: Cluster, mode: str) -> float:
     """Return the seconds of what memory does segment by segment: operations and short messages."""
-    operations = sum(CHAIN.get(part.name, 0) for part in _parts(model.memory))
+    operations = sum(CHAIN.get(part.name, 0) for part in parts_of(model.memory))
     again = 4 / 3 if mode == "block" else 1.0
     small = operations * cluster.device.launch_s
     messages = 0.0
@@ -170,10 +171,6 @@ def _chain(model: ModelConfig, shapes: Shapes, cluster: Cluster, mode: str) -> f
     if operations and shapes.cp > 1:
         messages += 3 * (shapes.cp - 1) * cluster.link(shapes.cp, shapes.tp).latency_s
     return model.num_layers * shapes.segments * again * (small + messages)
-
-
-def _parts(memory: MemoryConfig) -> list[MemoryConfig]:
-    return list(memory.parts) if isinstance(memory, ComposedMemory) else [memory]
 
 
 def _zero(
