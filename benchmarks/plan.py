@@ -134,7 +134,11 @@ def best(model: str, length: int, gpus: int, memory: str) -> Choice | None:
         None,
         data=data | {"train": "shards"},
         model={"memory": MEMORIES[memory]},
-        train={"loss_chunk": "4k", "ffn_chunk": "8k", "bptt_len": min(length, 128 * K)},
+        train={
+            "loss_chunk": "4k",
+            "ffn_chunk": "8k",
+            "bptt_len": min(length, 128 * K) if memory != "full attention" else length,
+        },
     )
     found = choose(config, load_cluster("h100"), gpus // 8, 8, only=ONLY)
     return found.ranked[0] if found.ranked else None

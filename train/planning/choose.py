@@ -11,7 +11,8 @@ from train.planning.cluster import Cluster
 from train.planning.plan import Plan, plan_of, seconds
 from train.planning.shapes import shapes_of
 from train.settings.config import Config
-from train.settings.problems import find_problems
+from train.settings.problems import values_of
+from train.settings.rules import broken_rules
 
 Changes = dict[str, Any]
 """Values by dotted key."""
@@ -73,8 +74,9 @@ def choose(
     world = nodes * ranks_per_node
     cluster = cluster.model_copy(update={"per_node": ranks_per_node})
     fitting, nearest, valid = [], None, 0
+    values = values_of(Config, config.model_dump())
     for shape in _shapes(config, world, ranks_per_node, segments):
-        if not (_wanted(shape, only or {}) and _valid(config, shape, world)):
+        if not (_wanted(shape, only or {}) and _valid(values, shape, world)):
             continue
         for changes in _ways(shape):
             if not _wanted(changes, only or {}):
@@ -128,12 +130,9 @@ def _wanted(changes: Changes, only: Mapping[str, Sequence[Any]]) -> bool:
     return all(changes[key] in values for key, values in only.items() if key in changes)
 
 
-def _valid(config: Config, changes: Changes, world: int) -> bool:
-    """Return whether a layout keeps every rule of the configuration."""
-    dp = world // (changes["parallel.tp"] * changes["parallel.cp"])
-    if config.train.batch_size % (dp * changes["train.micro_batch"]):
-        return False  # the rule that most of them break, before all rules are asked
-    return not find_problems(Config, _changed(config, changes).model_dump(), world)
+def _valid(values: dict[str, object], changes: Changes, world: int) -> bool:
+    """Return whether a layout keeps every rule of a configuration's values."""
+    return not broken_rules(values | changes | {"world_size": world})
 
 
 def _changed(config: Config, changes: Changes) -> Config:

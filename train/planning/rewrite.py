@@ -21,7 +21,8 @@ def rewrite(text: str, changes: Mapping[str, Any]) -> str:
         section, key = path.split(".")
         wanted.setdefault(section, {})[key] = value
         written = _set(written, section, key, value)
-    if yaml.safe_load(written) != wanted:
+    twice = any(len(re.findall(rf"^{section}:", written, re.MULTILINE)) > 1 for section in wanted)
+    if twice or yaml.safe_load(written) != wanted:
         raise ValueError(
             "the values could not be written: give the file's sections one key a line each, or"
             " give the values as overrides: " + " ".join(f"{k}={v}" for k, v in changes.items())
