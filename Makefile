@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL_FILES := $(wildcard slurm/*.sh) .ci/run
 
-.PHONY: help setup quickstart test test-slow drill lint types format constraints clean
+.PHONY: help setup quickstart test test-slow test-slurm drill lint types format constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,11 @@ quickstart: $(READY)  ## set up, then pretrain a small model on this machine: fo
 test: $(READY)  ## set up, then run the tests (without those marked slow)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(READY)  ## the tests marked slow (a real one-machine SLURM cluster among them)
-	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+test-slow: $(READY)  ## the tests marked slow, without those of the cluster
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not slurm" $(PYTEST_ARGS)
+
+test-slurm: $(READY)  ## jobs on a real one-machine SLURM: stopped, preempted, killed, resumed
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(PYTEST_ARGS)
 
 drill: $(READY)  ## kill a short run at random moments, damage its checkpoints; docs/reliability.md
 	$(BIN)/python -m tests.drill --output docs/reliability.md $(DRILL_ARGS)

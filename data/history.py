@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.ledger import FORMAT, Header, list_files, record_dtype
+from data.ledger import FORMAT, Header, Skip, list_files, read_skips, record_dtype
 
 
 class Range(NamedTuple):
@@ -42,6 +42,7 @@ class History:
     base: the first position that the ledger knows. counts [P] int64: how often position base + i
     was consumed, superseded rows left out. hashes [P, 2] uint32: of its latest row. redone: rows
     that did an earlier attempt's sample again; changed [n]: positions where they differed.
+    idle [P] bool: consumed, and without effect on the weights: skipped, or rolled back.
     notes: what was found in the files that need not matter (torn or damaged records).
     """
 
@@ -50,6 +51,7 @@ class History:
         self.base = base
         self.counts = np.zeros(stop - base, np.int64)
         self.hashes = np.zeros((stop - base, 2), np.uint32)
+        self.idle = np.zeros(stop - base, np.bool_)
         self.redone = 0
         self.changed: NDArray[np.int64] = np.zeros(0, np.int64)
         self.notes: list[str] = []
@@ -65,6 +67,10 @@ class History:
     def twice(self, stop: int) -> list[Range]:
         """Return the positions below stop that one history has more than once."""
         return ranges(self.counts[: max(0, stop - self.base)] > 1, self.base)
+
+    def passed_over(self, stop: int) -> list[Range]:
+        """Return the positions below stop that left no trace in the weights."""
+        return ranges(self.idle[: max(0, stop - self.base)], self.base)
 
     def extent(self) -> int:
         """Return the end of the samples that follow each other without a gap."""
@@ -85,8 +91,10 @@ def read_history(folder: Path) -> History:
     stop = max(base, *(file.high() for file in files))
     history = History([], files[-1].header, base, stop)
     seen = np.zeros(stop - base, np.bool_)
+    skips = read_skips(folder)
     for number, group in groupby(files, key=lambda file: file.header.attempt):
         _take(history, seen, number, list(group), notes)
+        _pass_over(history, skips.get(number, []))
     history.notes = notes
     return history
 
@@ -132,6 +140,7 @@ def _take(
             f" rank {', '.join(map(str, sorted(absent)))}"
         )
     history.counts[first.position - history.base :] = 0
+    history.idle[first.position - history.base :] = False
     positions = np.concatenate([file.positions for file in files])
     hashes = np.concatenate([file.hashes for file in files])
     places = positions - history.base
@@ -142,6 +151,12 @@ def _take(
     np.add.at(history.counts, places, 1)
     history.hashes[places], seen[places] = hashes, True
     history.attempts.append(Attempt(number, first.position, first.dp_size, len(positions)))
+
+
+def _pass_over(history: History, skips: list[Skip]) -> None:
+    for skip in skips:
+        start, stop = (max(0, place - history.base) for place in (skip.start, skip.stop))
+        history.idle[start:stop] = True
 
 
 def _read_file(path: Path, notes: list[str]) -> _File | None:

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "longhaul-ledger-1"
 FOLDER = "ledger"
 _PATTERN = "attempt-?????.rank-?????.ledger"
+_SKIPPED = "attempt-?????.skipped"
 _COULD_NOT = "the data ledger cannot be written"
 
 
@@ -58,9 +59,27 @@ def record_dtype(samples: int) -> np.dtype[Any]:
     return np.dtype([("first", "<u8"), ("hashes", "<u4", (samples, 2)), ("check", "<u4")])
 
 
+class Skip(NamedTuple):
+    """Samples start to stop - 1, which left no trace in the weights, and why."""
+
+    start: int
+    stop: int
+    why: str
+
+
 def list_files(folder: Path) -> list[Path]:
     """Return the files of a ledger, by attempt and rank."""
     return sorted(folder.glob(_PATTERN))
+
+
+def read_skips(folder: Path) -> dict[int, list[Skip]]:
+    """Return what each attempt passed over, a last line cut short by a crash left out."""
+    found = {}
+    for path in sorted(folder.glob(_SKIPPED)):
+        number = int(path.stem.removeprefix("attempt-"))
+        lines = path.read_text().splitlines(keepends=True)
+        found[number] = [Skip(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return found
 
 
 def next_attempt(folder: Path) -> int:
@@ -82,6 +101,7 @@ class Ledger:
         self._waiting = b""
         self._lock = threading.Lock()  # a save syncs beside training
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._skipped = folder / f"attempt-{header.attempt:05d}.skipped"
 
     def recording(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
         """Yield each step's micro-batches once they are written down.
@@ -108,6 +128,13 @@ class Ledger:
                 self._write()
             except OSError:
                 pass  # sync, which no checkpoint goes without, raises it if it lasts
+
+    def skip(self, skip: Skip) -> None:
+        """Write down, on disk, that samples were passed over; for one rank. OSError."""
+        with self._skipped.open("a") as file:
+            file.write(json.dumps(skip._asdict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def sync(self) -> None:
         """Bring everything to disk; OSError where that fails. Before a checkpoint counts.
@@ -136,6 +163,9 @@ class NoLedger:
     def recording(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
         """Yield the steps as they are."""
         yield from steps
+
+    def skip(self, skip: Skip) -> None:
+        """Do nothing."""
 
     def sync(self) -> None:
         """Do nothing."""

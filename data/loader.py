@@ -7,9 +7,12 @@ copy through a pipe, and a dying job leaves nobody behind.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, wait
+from functools import partial
 from itertools import count
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,8 @@ from data.streams import IGNORE, Batch, Run, Segment, Streams
 
 # Steps read ahead for each worker: one in the making and one ready.
 _AHEAD = 2
+# Between two looks at whether to go on waiting for a step.
+_LOOK_UP_S = 0.5
 
 
 def load(
@@ -31,6 +36,7 @@ def load(
     micro_batch: int,
     workers: int = 1,
     steps: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Generator[list[Batch], None, None]:
     """Return an iterator over steps: each item is this rank's micro-batches, in order.
 
@@ -38,7 +44,8 @@ def load(
     or never. TP and CP peers pass the same dp_rank and get the same data. `workers` threads
     read ahead (0: none, each step is read when asked for) and never change the order; what
     one of them raises is raised here, at the step it belongs to. Closing the iterator stops
-    them.
+    them. stopped: asked while a step is waited for; once it says so the iterator ends, and a
+    worker that hangs is left behind.
 
     Raises ValueError where the lanes cannot be shared out, or position is inside a step.
     """
@@ -75,7 +82,9 @@ def load(
     rows = [first + row for row in range(0, per_rank, micro_batch)]
     reader = _Reader(corpus, streams, rows, micro_batch)
     numbers = iter(range(steps)) if steps is not None else count()
-    return _ahead(reader, numbers, workers) if workers else _one_by_one(reader, numbers)
+    if workers:
+        return _ahead(reader, numbers, workers, stopped)
+    return _one_by_one(reader, numbers)
 
 
 class _Reader:
@@ -107,22 +116,69 @@ def _one_by_one(reader: _Reader, numbers: Iterator[int]) -> Generator[list[Batch
         yield reader.step(number)
 
 
+class _Workers:
+    """Threads that do what they are given, in order, and keep no process from ending.
+
+    An executor's threads are joined at exit, where a read that hangs would hold up the process
+    for minutes after its last checkpoint.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._tasks: SimpleQueue[tuple[Future[list[Batch]], Callable[[], list[Batch]]] | None]
+        self._tasks = SimpleQueue()
+        self._threads = [
+            Thread(target=self._work, name=f"longhaul-data_{index}", daemon=True)
+            for index in range(number)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Callable[[], list[Batch]]) -> Future[list[Batch]]:
+        """Return what will hold the task's result, or what it raises."""
+        future: Future[list[Batch]] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def close(self, *, wait: bool) -> None:
+        """Let the threads end, and wait for them if asked; nobody waits for a result any more."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _work(self) -> None:
+        while (given := self._tasks.get()) is not None:
+            future, task = given
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(task())
+            except BaseException as error:  # raised where the step is asked for
+                future.set_exception(error)
+
+
 def _ahead(
-    reader: _Reader, numbers: Iterator[int], workers: int
+    reader: _Reader, numbers: Iterator[int], workers: int, stopped: Callable[[], bool]
 ) -> Generator[list[Batch], None, None]:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="longhaul-data")
+    pool = _Workers(workers)
     pending: deque[Future[list[Batch]]] = deque()
     try:
         while True:
             for number in numbers:
-                pending.append(pool.submit(reader.step, number))
+                pending.append(pool.submit(partial(reader.step, number)))
                 if len(pending) > _AHEAD * workers:
                     break
             if not pending:
                 return
+            while not wait([pending[0]], _LOOK_UP_S).done:
+                if stopped():
+                    return
             yield pending.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in pending:
+            future.cancel()
+        pool.close(wait=not stopped())
 
 
 def assemble(corpus: Documents, streams: Streams, position: int, rows: int) -> Batch:

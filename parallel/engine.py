@@ -69,10 +69,11 @@ def make_engine(
     stage: int,
     bf16: bool,
     clip: float,
+    cut_above: int | None = None,
 ) -> Engine:
     """Return DeepSpeed's ZeRO; where there is nobody to share with, an engine that shares nothing.
 
-    stage: of ZeRO, 1 to 3; clip: the largest norm of the whole gradient.
+    stage: of ZeRO, 1 to 3; clip: the largest norm of the whole gradient; cut_above: see ZeroEngine.
     """
     if mesh.zero_size == 1:
         from parallel.whole import WholeEngine
@@ -80,4 +81,6 @@ def make_engine(
         return WholeEngine(model, optimizer, mesh, bf16=bf16, clip=clip)
     from parallel.zero import ZeroEngine
 
-    return ZeroEngine(model, optimizer, mesh, stage=stage, bf16=bf16, clip=clip)
+    return ZeroEngine(
+        model, optimizer, mesh, stage=stage, bf16=bf16, clip=clip, cut_above=cut_above
+    )

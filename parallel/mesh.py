@@ -59,6 +59,8 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
         return
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "nccl" if torch.cuda.device_count() >= local_ranks else "gloo"
+    if backend == "nccl":  # before the first message, or all ranks of a node would use one GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -66,6 +68,13 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
         # One process, no port. (The name is there at run time, the stub does not export it.)
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Let collectives that begin from now on, in every group there is, wait for so long."""
+    world = dist.distributed_c10d._world
+    for group in list(world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build_mesh(*, tp: int, cp: int, timeout: timedelta = timedelta(minutes=30)) -> Mesh:

@@ -67,7 +67,11 @@ class Groups:
 
 
 class ZeroEngine:
-    """A model with its optimizer, its states cut over DP x CP: zero_grad, backward, step."""
+    """A model with its optimizer, its states cut over DP x CP: zero_grad, backward, step.
+
+    cut_above: stage 3 keeps parameters of fewer elements whole on every rank (None: DeepSpeed's own
+    100,000); a small model wants less, or it has nothing to cut.
+    """
 
     def __init__(
         self,
@@ -78,13 +82,15 @@ class ZeroEngine:
         stage: int,
         bf16: bool,
         clip: float,
+        cut_above: int | None = None,
     ) -> None:
         self.mesh, self.stage = mesh, stage
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self.engine = _start(
-            model, optimizer, mesh, _config(stage, bf16, clip, cuda=mesh.device.type == "cuda")
-        )
+        settings = _config(stage, bf16, clip, cuda=mesh.device.type == "cuda")
+        if cut_above is not None:
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = cut_above
+        self.engine = _start(model, optimizer, mesh, settings)
         self.zero: Any = self.engine.optimizer
         self.base: torch.optim.AdamW = self.zero.optimizer
 

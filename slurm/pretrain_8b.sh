@@ -16,22 +16,21 @@
 #SBATCH --wait-all-nodes=1
 # In words: one task a node, which starts that node's ranks; whole nodes, all their memory; a
 # restart adds to the log; 300 s before the limit this shell alone hears USR1, saves, requeues.
+trap 'EARLY=USR1' USR1 # until lib.sh takes over
 
 # ---- the site: edit here, or export before sbatch -------------------------------------------
 # Account, partition, QOS, time: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, SBATCH_TIMELIMIT.
 # Tracking: MLFLOW_TRACKING_URI. The network, where NCCL chooses wrongly: NCCL_SOCKET_IFNAME.
 RUN_DIR=${RUN_DIR:-runs/pretrain_8b} # checkpoints, metrics, DONE; set it here, not by run_dir=
 CONTAINER=${CONTAINER:-} # an image with longhaul in it, run by pyxis; empty: .venv of this folder
+LEAD_S=${LEAD_S:-300} # as in --signal above; the log says when steps and saves take longer
+TRAIN_NODES=${TRAIN_NODES:-8} # ask for more with sbatch --nodes=9: one that is unfit is left out
 # ---------------------------------------------------------------------------------------------
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this file from its own folder
 source slurm/lib.sh
 
-SRUN_OPTIONS=()
-if [[ -n $CONTAINER ]]; then
-  SRUN_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD" --container-workdir="$PWD")
-fi
 rank_environment
 print_versions
-run_until_stopped "$RUN_DIR" 8 longhaul pretrain configs/pretrain_8b.yaml run_dir="$RUN_DIR" "$@"
+run_until_done 8 longhaul pretrain configs/pretrain_8b.yaml run_dir="$RUN_DIR" "$@"

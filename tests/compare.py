@@ -1,26 +1,12 @@
-"""How far apart two results are, relative to the larger one's size."""
+"""Assertions on how far apart two results are, by the product's own measure."""
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from train.checking.compare import relative
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Return max |actual - expected| / max |expected|, the former alone where the latter is 0.
-
-    NaN anywhere gives NaN, which passes no comparison.
-    """
-    actual, expected = actual.detach(), expected.detach()
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    if not expected.numel():
-        return 0.0
-    wide = torch.promote_types(actual.dtype, expected.dtype)
-    if not wide.is_floating_point:
-        wide = torch.float64
-    apart = (actual.to(wide) - expected.to(wide)).abs().max()
-    size = expected.to(wide).abs().max()
-    return float(apart / size if size > 0 else apart)
+__all__ = ["assert_each", "relative"]
 
 
 def assert_each(

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import ranks
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
+from train.checking import ranks
 
 pytestmark = pytest.mark.gloo
 
@@ -31,7 +31,7 @@ def broken_on_the_last() -> None:
 
 def test_a_failing_rank_fails_the_test_with_its_traceback() -> None:
     began = time.monotonic()
-    with pytest.raises(AssertionError, match="the last rank is broken") as failure:
+    with pytest.raises(RankFailure, match="the last rank is broken") as failure:
         run_ranks(2, broken_on_the_last)
     assert "in broken_on_the_last" in str(failure.value)
     assert time.monotonic() - began < ranks.TIMEOUT_S / 2  # it did not wait for the peers
@@ -42,7 +42,7 @@ def failing_assertion() -> None:
 
 
 def test_an_assertion_on_a_rank_fails_the_test() -> None:
-    with pytest.raises(AssertionError, match="zero"):
+    with pytest.raises(RankFailure, match="zero"):
         run_ranks(2, failing_assertion)
 
 
@@ -54,7 +54,7 @@ def hanging_on_the_last() -> None:
 def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "TIMEOUT_S", 2)
     began = time.monotonic()
-    with pytest.raises(AssertionError, match=r"ranks \[1\] did not answer"):
+    with pytest.raises(RankFailure, match=r"ranks \[1\] did not answer"):
         run_ranks(2, hanging_on_the_last)
     assert time.monotonic() - began < 30
 
@@ -65,5 +65,5 @@ def lost() -> None:
 
 def test_ranks_that_vanish_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "TIMEOUT_S", 2)
-    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] did not answer"):
+    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not answer"):
         run_ranks(2, lost)

@@ -62,10 +62,13 @@ def build(
     model_config: ModelConfig,
     mesh: Mesh,
     fill: Callable[[Decoder], None] = lambda model: None,
+    *,
+    cut_above: int | None = None,
 ) -> Built:
     """Return the model of this rank, its initial weights the same for every layout.
 
-    fill: called with the model before its engine takes it, to put in other weights.
+    fill: called with the model before its engine takes it, to put in other weights. cut_above: see
+    ZeroEngine.
     """
     use_compiled(config.train.compile)
     layout = layout_of(config.parallel.layout, mesh.cp)
@@ -87,6 +90,7 @@ def build(
         stage=config.parallel.zero,
         bf16=config.train.precision == "bf16",
         clip=config.train.clip,
+        cut_above=cut_above,
     )
     return Built(model, engine, layout)
 

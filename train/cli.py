@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from train.cluster.failure import REFUSED, tell_launcher
+from train.commands.check import check
 from train.commands.checkpoint import checkpoint
 from train.commands.data import data
 from train.commands.export import export_model
@@ -20,7 +22,11 @@ from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
 from train.commands.plan import plan
-from train.starting.provenance import PACKAGES, check_provenance
+from train.commands.preflight import preflight
+from train.commands.status import status
+from train.commands.submit import submit
+from train.commands.track import track
+from train.starting.provenance import check_provenance, is_ours
 
 app = typer.Typer(
     name="longhaul",
@@ -350,13 +356,18 @@ def evaluate(
     raise typer.Exit(code)
 
 
+app.command()(check)
 app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
 app.command()(plan)
+app.command()(preflight)
+app.command()(submit)
+app.command()(status)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint)
+app.add_typer(track)
 
 
 def main() -> None:
@@ -364,8 +375,9 @@ def main() -> None:
     try:
         check_provenance()
         app(prog_name="longhaul")
-    except ValueError as error:
-        if not _is_ours(error):
+    except Exception as error:
+        tell_launcher(error)
+        if not (isinstance(error, ValueError) and is_ours(error)):
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -374,7 +386,7 @@ def main() -> None:
             # Ranks of a node find the same problems in the same files, and once is enough to
             # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
-        sys.exit(2)
+        sys.exit(REFUSED)
 
 
 def _is_restart() -> bool:
@@ -384,19 +396,6 @@ def _is_restart() -> bool:
     """
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Return whether our code raised it, and so worded it for the user.
-
-    One out of a library keeps its traceback: it is a bug, and its text explains nothing.
-    """
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
-    root = Path(__file__).parent.parent
-    return any(raised_in.is_relative_to(root / package) for package in PACKAGES)
 
 
 def _listed(text: str | None) -> list[str]:

@@ -18,8 +18,10 @@ from parallel.mesh import Mesh
 from parallel.slicing import take_slice
 from train.build import Built
 from train.curriculum import cut_documents, segment_limit
+from train.guard import Guard, Trouble
 from train.schedule import learning_rate
 from train.settings.config import Config
+from train.watch.pulse import Pulse
 
 
 @dataclass
@@ -29,6 +31,7 @@ class TrainState:
     step: int = 0  # steps done; their samples are consumed
     skipped: int = 0  # of them, in a row until now, without an update
     updates: int = 0  # of them, with one
+    rollbacks: int = 0  # since a checkpoint was due
     memory: dict[int, Carried] = field(default_factory=dict)  # by micro-batch of this rank
     passed: list[Initial] | None = None  # what random state passing may begin a document with
 
@@ -37,9 +40,10 @@ class StepResult(NamedTuple):
     """What one step gave."""
 
     loss: float  # mean over all targets of the step, all ranks
-    grad_norm: float | None  # before clipping; None: not finite, the step was skipped
+    grad_norm: float | None  # before clipping; None: the step was skipped
     lr: float
     targets: int
+    trouble: Trouble | None = None  # a spike may have a gradient norm: it was only told
 
 
 def train_steps(
@@ -48,9 +52,17 @@ def train_steps(
     mesh: Mesh,
     state: TrainState,
     batches: Iterable[list[Batch]],
+    *,
+    guard: Guard | None = None,
+    pulse: Pulse | None = None,
 ) -> Iterator[StepResult]:
-    """Do one optimizer step for each item of batches and yield its result."""
+    """Do one optimizer step for each item of batches and yield its result.
+
+    guard: keeps spikes from the weights. pulse: told where this rank is.
+    """
+    guard, pulse = guard or Guard(), pulse or Pulse()
     for step_batches in batches:
+        pulse.enter("step", state.step + 1)
         limit = segment_limit(config, state.step)
         micro_batches = [
             batch._replace(starts=cut_documents(batch.starts, limit)) for batch in step_batches
@@ -66,6 +78,7 @@ def train_steps(
             for first in range(0, batch.tokens.shape[1], config.bptt_segments)
         ]
         for number, (index, batch, first) in enumerate(windows):
+            pulse.window(index, first, first + config.bptt_segments - 1)
             tokens, labels, starts, documents = window(
                 batch, first, config.bptt_segments, built, mesh
             )
@@ -81,7 +94,7 @@ def train_steps(
             )
             total += output.loss.detach()
             last = number == len(windows) - 1
-            loss = poison(output.loss, total, mesh) if last else output.loss
+            loss = poison(output.loss, total, mesh, guard.cut()) if last else output.loss
             state.memory[index] = detach(output.state)
             # Before the backward: parts of the graph that only the last state hangs on would hold
             # what checkpointing recomputes for them, in every layer, until the end.
@@ -98,7 +111,10 @@ def train_steps(
             state.skipped = 0
             state.updates += 1
             hand_on(config, built, mesh, state)
-        yield StepResult(total.item(), grad_norm, lr, targets)
+        loss_value = total.item()
+        trouble = guard.judge(loss_value, skipped=grad_norm is None, device=mesh.device)
+        yield StepResult(loss_value, grad_norm, lr, targets, trouble)
+        pulse.enter("data", state.step + 1)
 
 
 def window(
@@ -126,14 +142,15 @@ def count_targets(batches: list[Batch], mesh: Mesh) -> int:
     return int(count.item())
 
 
-def poison(loss: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
-    """Return loss, or nan on every rank where the step's loss is not finite on any.
+def poison(loss: Tensor, total: Tensor, mesh: Mesh, cut: float = math.inf) -> Tensor:
+    """Return loss, or nan on every rank where the step's is not finite, or above cut, on any.
 
     ZeRO skips a step whose gradient is not finite; this makes a bad loss one of those.
     """
     everywhere = total.clone()
     dist.all_reduce(everywhere, group=mesh.zero_group)
-    return loss * torch.where(everywhere.isfinite(), 1.0, math.nan)
+    good = everywhere.isfinite() & (everywhere <= cut)
+    return loss * torch.where(good, 1.0, math.nan)
 
 
 def takes_passed_state(config: Config, step: int) -> bool:

@@ -68,6 +68,12 @@ def check(run: Run) -> Finding:
     said = [f"{count} attempt{'s' * (count != 1)}, {end:,} samples {until}"]
     if not missing and not twice:
         said[0] += ": each exactly once"
+    if passed := history.passed_over(end):
+        count_passed = sum(part.stop - part.start for part in passed)
+        said.append(
+            f"{count_passed:,} of them left no trace in the weights (skipped as bad, or rolled"
+            f" back): {samples(passed, history.batch_size)}"
+        )
     if missing:
         said.append(f"missing: {samples(missing, history.batch_size)}")
         if missing[0].start == 0 and missing[0].stop == history.base:
@@ -94,6 +100,7 @@ def check(run: Run) -> Finding:
         "attempts": [attempt._asdict() for attempt in history.attempts],
         "missing": missing,
         "twice": twice,
+        "passed_over": passed,
         "redone": history.redone,
         "changed": changed,
         "in_flight": in_flight,

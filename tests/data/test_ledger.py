@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from data.history import Range, read_history
 from data.index import Corpus
-from data.ledger import Header, Ledger, hash_samples, list_files, record_dtype
+from data.ledger import Header, Ledger, Skip, hash_samples, list_files, record_dtype
 from data.loader import assemble
 from data.streams import Batch, Streams
 from tests.data.ledgers import consume, corpus_in
@@ -66,6 +67,31 @@ def test_an_undone_step_does_not_count(corpus: Corpus, tmp_path: Path) -> None:
     history = read_history(tmp_path / "run")
     assert history.counts.tolist() == [1] * 72 + [0] * 36
     assert history.extent() == 72
+
+
+def skip(folder: Path, attempt: int, *lines: str) -> None:
+    (folder / f"attempt-{attempt:05d}.skipped").write_text("".join(lines))
+
+
+def test_samples_passed_over_are_read_and_not_missing(corpus: Corpus, tmp_path: Path) -> None:
+    consume(corpus, tmp_path, first=0, last=5)
+    line = json.dumps(Skip(24, 48, "rolled back")._asdict()) + "\n"
+    skip(tmp_path, 1, line, line[:9])  # a second one that a kill cut short
+    history = read_history(tmp_path)
+    assert history.passed_over(60) == [Range(24, 48)]
+    assert history.passed_over(30) == [Range(24, 30)]
+    assert history.missing(60) == history.twice(60) == []
+
+
+def test_what_a_later_attempt_does_again_is_passed_over_no_more(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    consume(corpus, tmp_path, first=0, last=5)
+    consume(corpus, tmp_path, first=3, last=5)  # killed before the rollback of step 5 was saved
+    skip(tmp_path, 1, json.dumps(Skip(24, 60, "rolled back")._asdict()) + "\n")
+    assert read_history(tmp_path).passed_over(60) == [Range(24, 36)]
+    skip(tmp_path, 2, json.dumps(Skip(48, 60, "skipped")._asdict()) + "\n")
+    assert read_history(tmp_path).passed_over(60) == [Range(24, 36), Range(48, 60)]
 
 
 def test_a_sample_that_is_another_one_when_done_again_is_found(

@@ -15,13 +15,14 @@ from model.config import HmtMemory
 from model.decoder import Decoder
 from model.init import initialise
 from model.local import FoldedSequence
-from model.loss import IGNORE
 from model.memory.base import detach, named_tensors
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout, take_slice
 from tests.compare import assert_each
-from tests.parallel.plain import MEMORIES, Case, batches, config_of
+from tests.parallel.cases import MEMORIES, Case, config_of, subject_of
 from tests.ranks import run_ranks
+from train.checking.batches import make_batches
+from train.checking.plain import scale_of
 
 
 def two_steps(name: str, sequence: FoldedSequence | None, layout: Any) -> dict[str, Tensor]:
@@ -30,8 +31,9 @@ def two_steps(name: str, sequence: FoldedSequence | None, layout: Any) -> dict[s
     model = Decoder(config, sequence=sequence).double()
     initialise(model, config, seed=0)
     found, state = {}, None
-    for step, (tokens, starts, labels) in enumerate(batches()[:2]):
-        scale = torch.tensor(1.0 / int((labels != IGNORE).sum()), dtype=torch.float64)
+    for step, batch in enumerate(make_batches(subject_of(Case(memory=name)).config)[:2]):
+        tokens, starts, labels = batch.tokens, batch.starts, batch.labels
+        scale = scale_of(batch, torch.float64)
         if layout is not None:
             tokens, labels = (take_slice(x, layout, dist.get_rank()) for x in (tokens, labels))
         model.zero_grad()
@@ -61,8 +63,10 @@ def fitting(layout: str) -> list[str]:
     """Search needs the first half of a segment evenly on all ranks."""
     return [
         name
-        for name, memory in MEMORIES.items()
-        if layout == "zigzag" or not isinstance(memory, HmtMemory) or memory.search_from
+        for name in MEMORIES
+        if layout == "zigzag"
+        or not isinstance(memory := config_of(Case(memory=name)).memory, HmtMemory)
+        or memory.search_from
     ]
 
 

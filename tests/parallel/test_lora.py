@@ -1,19 +1,13 @@
 """Adapters at every layout equal one plain process: loss, norm, gradients of A and B, weights."""
 
-import functools
-from typing import Any
-
 import pytest
 import torch
 
 from model.config import ComputeConfig, LoraConfig
-from model.decoder import Decoder
-from model.init import initialise
 from model.lora import is_trained
-from tests.compare import assert_each
-from tests.parallel import layouts, plain
-from tests.parallel.plain import CLIP, Case, Step, config_of
-from tests.parallel.test_equivalence import GRADIENTS, LOSSES, WEIGHTS
+from tests.parallel.cases import CLIP, Case, config_of, differences_of, reference, subject_of
+from train.checking.compare import FLOORS
+from train.checking.plain import begin
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 BESIDE = LoraConfig(rank=3, alpha=6.0, targets=("qkv", "down"), train_also=("norms", "embeddings"))
@@ -29,13 +23,6 @@ CASES = [
 ]
 
 
-@functools.cache
-def reference(
-    memory: str, windows: int, tied: bool, lora: LoraConfig
-) -> tuple[list[Step], dict[str, Any]]:
-    return plain.train(Case(memory=memory, windows=windows, tied=tied, lora=lora))
-
-
 def name_of(case: Case) -> str:
     return str(case).replace(str(LORA), "all").replace(str(BESIDE), "some")
 
@@ -43,35 +30,30 @@ def name_of(case: Case) -> str:
 @pytest.mark.gloo
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_adapters_at_a_layout_equal_one_plain_process(case: Case) -> None:
-    assert case.lora is not None
-    expected, expected_weights = reference(case.memory, case.windows, case.tied, case.lora)
-    steps, weights = layouts.run(case)
-    for step, plain_step in zip(steps, expected, strict=True):
-        assert abs(step.loss / plain_step.loss - 1) < LOSSES
-        assert abs(step.grad_norm / plain_step.grad_norm - 1) < LOSSES * 2
-        assert_each(step.gradients, plain_step.gradients, GRADIENTS)
-    assert_each(weights, expected_weights, WEIGHTS)
+    differences, found = differences_of(case)
+    assert [each for each in differences if not each.passes] == []
+    assert {each.kind for each in differences} == set(FLOORS)
+    assert found.weights.keys() == reference(case).weights.keys()  # those at rest too
 
 
 @pytest.mark.gloo
 def test_bfloat16_adapters_are_close_to_plain_float32() -> None:
-    expected, _ = reference("fam", 1, False, LORA)
-    steps, weights = layouts.run(Case(tensor="TP2+SP", cp=2, stage=3, bf16=True, lora=LORA))
-    for step, plain_step in zip(steps, expected, strict=True):
+    case = Case(tensor="TP2+SP", cp=2, stage=3, bf16=True, lora=LORA)
+    differences, found = differences_of(case)
+    assert [each for each in differences if not each.passes] == []
+    for step, plain_step in zip(found.steps, reference(case).steps, strict=True):
         assert abs(step.loss / plain_step.loss - 1) < 5e-3
         assert abs(step.grad_norm / plain_step.grad_norm - 1) < 5e-2
-    frozen = {name: weight for name, weight in weights.items() if not is_trained(name, LORA)}
-    assert {weight.dtype for weight in frozen.values()} == {torch.bfloat16}
+    frozen = [weight for name, weight in found.weights.items() if not is_trained(name, LORA)]
+    assert {weight.dtype for weight in frozen} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("lora", [LORA, BESIDE], ids=["all", "some"])
 def test_the_reference_trains_what_it_should_and_nothing_else(lora: LoraConfig) -> None:
     """Else frozen weights that move, or adapters that rest, would be equal too."""
-    steps, weights = reference("fam", 1, False, lora)
-    config = config_of(Case(lora=lora))
-    model = Decoder(config)
-    plain.unmark_adapters(model)
-    initialise(model, config, seed=0)
+    case = Case(lora=lora)
+    steps, weights = reference(case)
+    model = begin(subject_of(case).config, config_of(case), torch.float64)
     for name, began in model.named_parameters():
         assert torch.equal(weights[name], began) != is_trained(name, lora), name
     assert all(gradient.any() for step in steps for gradient in step.gradients.values())

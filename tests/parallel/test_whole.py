@@ -14,9 +14,10 @@ from parallel.tensor import MegatronLinears, cut_of, sum_scattered_gradients
 from parallel.whole import WholeEngine
 from parallel.zero import ZeroEngine
 from tests.compare import assert_each
-from tests.parallel.plain import Case, batches, config_of
+from tests.parallel.cases import Case, config_of, subject_of
 from tests.parallel.test_zero import FROZEN, LR, Net
 from tests.ranks import run_ranks
+from train.checking.batches import make_batches
 
 pytestmark = pytest.mark.gloo
 
@@ -136,10 +137,11 @@ def on_a_tensor_parallel_rank(case: Case) -> None:
     whole = make_engine(models[0], optimizers[0], mesh, **settings)
     assert isinstance(whole, WholeEngine)
     zero = ZeroEngine(models[1], optimizers[1], mesh, **settings)
-    for tokens, starts, labels in batches():
+    for batch in make_batches(subject_of(case).config):
         norms = []
         for engine in (whole, zero):
-            out = engine(tokens, starts, labels=labels, scale=torch.tensor(0.01))
+            scale = torch.tensor(0.01)
+            out = engine(batch.tokens, batch.starts, labels=batch.labels, scale=scale)
             engine.backward(out.loss, last=True)
             norms.append(engine.step(LR))
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)

@@ -4,21 +4,17 @@ Every rank of a job runs `python counting_ranks.py FOLDER STEPS`. It makes the s
 the bargain (USR1 forwarded, back to the queue until DONE) testable in seconds.
 """
 
-import signal
+import json
+import os
 import sys
 import time
 from pathlib import Path
 
-stop_asked = False
-
-
-def ask_to_stop(number: int, frame: object) -> None:
-    global stop_asked
-    stop_asked = True
+from train.signals import StopRequest
 
 
 def main() -> None:
-    signal.signal(signal.SIGUSR1, ask_to_stop)  # before the slow import, or the signal is lost
+    stop = StopRequest()  # before the slow import, or the signal is lost
     import torch
     import torch.distributed as dist
 
@@ -29,13 +25,15 @@ def main() -> None:
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} begins at step {step}")
     while step < steps:
         time.sleep(0.05)
-        stop = torch.tensor(int(stop_asked))
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        stopping = stop.agreed(torch.device("cpu"))
         step += 1
         if dist.get_rank() == 0:
             counter.write_text(str(step))
-        if stop:
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "time": time.time()}) + "\n")
+        if stopping:
             print(f"rank {dist.get_rank()} stops at step {step}")
+            (Path(os.environ["ATTEMPT_FOLDER"]) / "stopped").touch()
             break
     dist.barrier()  # every rank has read the counter before anyone writes DONE or leaves
     if dist.get_rank() == 0 and step == steps:

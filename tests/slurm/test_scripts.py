@@ -36,10 +36,23 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
 def test_every_sbatch_line_is_read(script: Path) -> None:
     text = script.read_text()
-    body = text.index("set -euo pipefail")
+    body = text.index("\ntrap ")
     # sbatch stops reading its lines at the first command, silently
     assert text.count("\n#SBATCH ") == len(sbatch_options(script))
     assert text.rindex("\n#SBATCH ") < body
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
+def test_what_a_script_knows_of_its_warning_is_what_it_asks_for(script: Path) -> None:
+    known = re.search(r"^LEAD_S=\$\{LEAD_S:-(\d+)\}", script.read_text(), re.M)
+    assert known is not None
+    assert sbatch_options(script)["signal"] == f"B:USR1@{known[1]}"
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
+def test_a_signal_is_taken_from_the_first_command_on(script: Path) -> None:
+    commands = [line for line in script.read_text().splitlines() if line and line[0] != "#"]
+    assert commands[0].startswith("trap 'EARLY=USR1' USR1")
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
@@ -58,7 +71,7 @@ def test_the_8b_script_starts_the_configured_number_of_ranks() -> None:
     script = ROOT / "slurm" / "pretrain_8b.sh"
     options = sbatch_options(script)
     text = script.read_text()
-    launched = re.search(r'^run_until_stopped "\$RUN_DIR" (\d+) .* run_dir="\$RUN_DIR"', text, re.M)
+    launched = re.search(r'^run_until_done (\d+) .* run_dir="\$RUN_DIR"', text, re.M)
     default = re.search(r"^RUN_DIR=\$\{RUN_DIR:-(\S+)\}", text, re.M)
     assert launched is not None
     assert default is not None

@@ -79,6 +79,11 @@ class Forked(Attempt):
                 os.kill(pid, signal.SIGKILL)
         self._reap(0)
 
+    def ended(self) -> dict[int, int]:
+        """Return the exit codes of those that have ended, by process id."""
+        self._reap(os.WNOHANG)
+        return self.codes
+
     def wait(self) -> list[int]:
         """Return every rank's exit code, minus the signal's number where one ended it."""
         until = time.monotonic() + TIMEOUT_S
@@ -207,7 +212,7 @@ class Launched(Attempt):
 
     def kill(self) -> None:
         # torchrun gives each rank a session of its own, so no one group holds them all
-        for process in self._tree():
+        for process in self.processes():
             process.kill()
         self.process.wait()
 
@@ -217,10 +222,11 @@ class Launched(Attempt):
 
     def signal_ranks(self, number: signal.Signals) -> None:
         """Send the signal to every rank, not to the launcher."""
-        for process in self._tree()[:-1]:
+        for process in self.processes()[:-1]:
             process.send_signal(number)
 
-    def _tree(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Return the ranks, what they started, and the launcher as the last."""
         if not self.running():
             return []
         launcher = psutil.Process(self.process.pid)

@@ -63,6 +63,6 @@ def longhaul(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,  # never waited for in a good run
         env={**inherited, "PYTHONPATH": str(ROOT), **environment},
     )

@@ -28,7 +28,18 @@ main()
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prepare"], ["pretrain"], ["config"], ["evaluate"], ["import"], ["export"]]
+    "command",
+    [
+        [],
+        ["prepare"],
+        ["pretrain"],
+        ["config"],
+        ["evaluate"],
+        ["check"],
+        ["import"],
+        ["export"],
+        ["status"],
+    ],
 )
 def test_help_teaches_and_imports_nothing_heavy(command: list[str]) -> None:
     code = (
@@ -51,12 +62,17 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "pretrain",
         "config",
         "evaluate",
+        "check",
         "generate",
         "import",
         "export",
         "miniature",
+        "preflight",
+        "submit",
+        "status",
         "data",
         "checkpoint",
+        "track",
     ]
 
 

@@ -82,7 +82,7 @@ def losses_through(
     found: list[float] = []
     for name, steps in legs:
         ranks, layout = LAYOUTS[name]
-        raw = tiny(run_dir, shards, model__memory=memory, **layout, **changes)
+        raw = tiny(run_dir, shards, model__memory=memory, **layout | changes)
         seen = run_ranks(ranks, go_on, raw, steps)
         first = len(found)
         found += seen[0].losses

@@ -15,6 +15,7 @@ from train.metrics import training_flops_per_token
 from train.pretrain import Pretraining
 from train.settings.config import validate
 from train.signals import StopRequest
+from train.watch.attempt import Watch
 
 pytestmark = pytest.mark.gloo
 
@@ -76,8 +77,8 @@ def pretraining_flops(raw: dict[str, Any]) -> tuple[float, float, float]:
     streams = PackedStreams(inputs.train.lengths, seed=0, lanes=4, segment_len=SEGMENT, segments=4)
     model = built.model.config
     course = start_course(config, inputs.train)
-    run = Pretraining(config, inputs, course, built, mesh, StopRequest())
-    assert run.run() == 0
+    run = Pretraining(config, inputs, course, built, mesh, StopRequest(), Watch(config))
+    run.run()
     packed, whole = (
         training_flops_per_token(model, SEGMENT, keys)
         for keys in (streams.keys_per_token(model.window), None)

@@ -13,6 +13,8 @@ from tests.train.attempts import losses, read_rows
 from tests.train.runs import longhaul, write
 from tests.train.tiny import Shards, tiny
 from train.settings.config import load, validate
+from train.tracking.timeline import read_events
+from train.watch.attempt import node_name
 
 TRACKED: dict[str, Any] = {"enabled": True, "experiment": "quick"}
 
@@ -153,6 +155,9 @@ def test_a_tracked_run_has_everything_and_goes_on_under_its_id(
     assert names <= run["files"].keys()
     assert all(run["files"][name] > 0 for name in names)
     assert {"formula.mfu", "peak", "host"} <= run["tags"].keys()
+    assert run["tags"]["attempt"] == "1" and run["tags"]["attempt.1.from_step"] == "0"
+    assert run["tags"]["attempt.1.nodes"] == node_name()
+    assert history["events/saved"] == [[4, 1.0]] and history["events/finished"] == [[4, 1.0]]
 
     start(tmp_path, raw, "train.steps=6")
     (again,) = read_store(run_dir)
@@ -162,6 +167,13 @@ def test_a_tracked_run_has_everything_and_goes_on_under_its_id(
     # MLflow keeps the first value of a parameter; the new one is told beside it
     assert again["params"]["train.steps"] == "4"
     assert again["tags"]["changed.train.steps"] == "6"
+    # one run tells of both attempts
+    assert again["tags"]["attempt"] == "2" and again["tags"]["attempt.2.from_step"] == "4"
+    assert {"attempt.1.nodes", "attempt.2.nodes"} <= again["tags"].keys()
+    assert again["history"]["events/started"] == [[0, 1.0], [4, 2.0]]
+    assert again["history"]["events/resumed"] == [[4, 1.0]]
+    kinds = [event["kind"] for event in read_events(run_dir)]
+    assert kinds == ["started", "saved", "finished", "started", "resumed", "saved", "finished"]
 
 
 @pytest.mark.slow

@@ -196,9 +196,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, shards: Shards) -> No
     assert_same_bits(broken.run_dir, whole.run_dir, STEPS)
 
 
-def test_a_signal_in_the_last_step_finishes_the_run(tmp_path: Path, shards: Shards) -> None:
+def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_attempt(
+    tmp_path: Path, shards: Shards
+) -> None:
     config, _ = pair(tmp_path, shards)
     stop_at(config, 1, STEPS, signal.SIGTERM, rank=0)
+    assert not (config.run_dir / "DONE").exists()
+    assert checkpoint_names(config.run_dir)[-1] == f"step-{STEPS:08d}"
+    finish(1, config)
     assert (config.run_dir / "DONE").read_text() == f"{STEPS}\n"
 
 

@@ -38,6 +38,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # name -> sha256, bytes
     format: int = FORMAT
     parent: dict[str, Any] | None = None  # of a fork: run, checkpoint, step, what it took
+    rollbacks: int = 0  # since a checkpoint was due
 
     @property
     def nbytes(self) -> int:

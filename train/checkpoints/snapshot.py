@@ -74,7 +74,7 @@ def restore(
     _restore_weights(built, mesh, stored)
     built.engine.restore(manifest.updates)
     _restore_random(mesh, stored)
-    state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates))
+    state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates), manifest.rollbacks)
     template = empty_state(built.model)
     if stored.has_memory:
         here = Place(mesh.tp, mesh.tp_rank, mesh.cp, mesh.cp_rank, config.parallel.layout)
@@ -153,6 +153,7 @@ def describe(
         | {package: metadata.version(package) for package in PACKAGES},
         files={},
         parent=read_parent(config.run_dir),
+        rollbacks=state.rollbacks,
     )
 
 

@@ -34,15 +34,18 @@ class HeldOut:
         mesh: Mesh,
         tracker: Tracker | NoTracker,
         say: Callable[[str], None],
+        check_stop: Callable[[], None],
     ) -> None:
+        """check_stop: called on all ranks before each call of the model; may raise."""
         self.config, self.corpus, self.built, self.mesh = config, corpus, built, mesh
-        self.tracker, self.say = tracker, say
+        self.tracker, self.say, self.check_stop = tracker, say, check_stop
 
     def evaluate(self, step: int, *, compare: bool) -> Evaluation:
         """Return held-out losses after `step` steps, and say and log them.
 
         compare: with the memory off and shuffled as well, with the verdict and a warning where
-        the memory is not shown to be used. All ranks call this together.
+        the memory is not shown to be used. All ranks call this together. Raises what check_stop
+        raises.
         """
         config = self.config
         compare = compare and config.model.memory.name != "none"
@@ -50,6 +53,7 @@ class HeldOut:
         def forward(
             tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
         ) -> Output:
+            self.check_stop()
             # step: a memory that trains in stages is read as it is now
             result: Output = self.built.engine(
                 tokens, starts, state, labels=labels, scale=scale, step=step

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainSerializer
 
 from data.urls import shown_folder, url_of
+from train.settings.guard import GuardSection
 from train.settings.lora import LoraSection
 from train.settings.memories import Memory, NoMemory
 from train.settings.pretrained_keys import RopeScalingSection
@@ -229,8 +230,18 @@ class ParallelSection(Section):
     )
     timeout_s: Duration = Field(
         default=1800.0,
-        description="Seconds a collective may wait for a lost rank before the job fails. Units:"
-        " 30min. Raise it if the first step compiles or reads for longer.",
+        description="Seconds without progress after which the job ends as hung, until two steps"
+        " were measured; and always while it reads data, saves or evaluates. Units: 30min. Raise it"
+        " if the first step compiles or reads for longer.",
+    )
+    hang_factor: Annotated[Positive, Field(gt=1)] = Field(
+        default=5.0,
+        description="Then a step may be without progress for this many times the slowest of the"
+        " last 50 steps.",
+    )
+    hang_floor_s: Duration = Field(
+        default=300.0,
+        description="And never less than these seconds: what a network file system may be away.",
     )
 
 
@@ -333,8 +344,11 @@ class TrainSection(Section):
     )
     max_nonfinite: Index = Field(
         default=3,
-        description="Steps in a row with a loss or gradient that is not finite (each skipped"
-        " and named) before the run stops.",
+        description="Steps in a row that are skipped, each named, before the run stops: their loss"
+        " or gradient is not finite, or a spike that guard skips.",
+    )
+    guard: GuardSection = Field(
+        default_factory=GuardSection, description="What is done about bad steps."
     )
     log_every: Count = Field(default=10, description="Steps between lines and metrics.")
     eval_every: Count | None = Field(

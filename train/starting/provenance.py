@@ -95,3 +95,16 @@ def _owners(root: Path, name: str) -> list[str]:
         if not record.parent.name.startswith("longhaul-")
         and any(line.startswith(name + ",") for line in record.read_text("utf-8").splitlines())
     )
+
+
+def is_ours(error: ValueError) -> bool:
+    """Return whether our code raised it, and so worded it for the user.
+
+    One out of a library keeps its traceback: it is a bug, and its text explains nothing.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
+    root = Path(__file__).parents[2]
+    return any(raised_in.is_relative_to(root / package) for package in PACKAGES)

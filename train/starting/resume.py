@@ -3,12 +3,13 @@
 config.yaml      resolved configuration        log.jsonl   one row a step
 checkpoints/     sharded, verified             tracking/   MLflow's spool and embedded store
 summary.png      the end of the run            DONE        written when all steps are done
-ledger/          which samples were consumed
+ledger/          which samples were consumed   events.jsonl  what happened when, over all attempts
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,19 +29,26 @@ from train.checkpoints.stored import Stored
 from train.loop import TrainState
 from train.settings.config import Config
 from train.starting.changes import find_changes
+from train.tracking.rows import read_rows
+
+OWED = "evaluation_owed"
+"""Holds the step whose evaluation a stop cut short."""
 
 
 class RunFolder:
     """A run's folder, seen by one rank; only rank 0 writes what is not a share."""
 
-    def __init__(self, config: Config, built: Built, mesh: Mesh, data: str) -> None:
+    def __init__(
+        self, config: Config, built: Built, mesh: Mesh, data: str, *, timeout_s: float | None = None
+    ) -> None:
+        """timeout_s: how long a save's messages wait for a rank; parallel.timeout_s."""
         self.config, self.built, self.mesh, self.data = config, built, mesh, data
         self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
         self.saved_at: int | None = None  # the newest step that is saved or being saved
         self.ledger: Ledger | NoLedger = NoLedger()
         self.saver = Saver(
             self.checkpoints,
-            timeout=timedelta(seconds=config.parallel.timeout_s),
+            timeout=timedelta(seconds=timeout_s or config.parallel.timeout_s),
             max_failures=config.checkpoint.max_failures,
             say=lambda text: print(text, file=sys.stderr, flush=True),
             committed=self._retain,
@@ -69,6 +77,37 @@ class RunFolder:
                 say(f"set aside: {aside}; delete it when nobody needs to look at it")
             self._forget_rows_after(state.step)
         return state
+
+    def roll_back(self, state: TrainState, say: Callable[[str], None]) -> int | None:
+        """Take the weights of the newest good checkpoint; return its step, None without one.
+
+        The state keeps its step: positions in the data are passed, never gone back to. Its memory
+        is dropped, for it read what lies before the samples that are passed over. All ranks call
+        this together.
+        """
+        self.wait()
+        found = checkpoint.find_newest_good(self.checkpoints, say)
+        if found is None:
+            return None
+        path, manifest = found
+        stored = Stored(path, manifest)
+        before = snapshot.restore(self.built, self.mesh, self.config, stored, say)
+        if self.mesh.rank == 0:
+            for aside in checkpoint.set_aside_after(self.checkpoints, before.step):
+                say(f"set aside: {aside}; delete it when nobody needs to look at it")
+            self._forget_rows_after(before.step)
+        dist.barrier()
+        state.updates, state.passed = before.updates, before.passed
+        state.memory, state.skipped = {}, 0
+        state.rollbacks += 1
+        return before.step
+
+    def losses(self) -> list[float]:
+        """Return the losses of the steps that had an update, the same on all ranks."""
+        rows = self.history() if self.mesh.rank == 0 else []
+        told = [[row["loss"] for row in rows if math.isfinite(row["grad_norm"])]]
+        dist.broadcast_object_list(told)
+        return told[0]
 
     def save(self, state: TrainState) -> None:
         """Copy every rank's share; it is written beside training, or now if so configured.
@@ -110,15 +149,28 @@ class RunFolder:
 
     def history(self) -> list[dict[str, Any]]:
         """Return the rows of log.jsonl; a last line cut short by a crash is left out."""
-        try:
-            lines = (self.path / "log.jsonl").read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_rows(self.path / "log.jsonl")
 
     def finish(self) -> None:
         """Write DONE: finished, not only stopped (rank 0)."""
         (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
+
+    def owe_evaluation(self, step: int) -> None:
+        """Write down that the evaluation after this step is still to be done."""
+        if self.mesh.rank == 0:
+            (self.path / OWED).write_text(f"{step}\n")
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Return whether an attempt before this one left out the evaluation after this step.
+
+        All ranks call this together; it is owed no longer.
+        """
+        owed = [False]
+        if self.mesh.rank == 0 and (self.path / OWED).exists():
+            owed = [int((self.path / OWED).read_text()) == step]
+            (self.path / OWED).unlink()
+        dist.broadcast_object_list(owed)
+        return owed[0]
 
     def _forget_rows_after(self, step: int) -> None:
         """Drop rows of steps that will be done again."""

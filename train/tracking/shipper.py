@@ -91,6 +91,12 @@ def read_progress(folder: Path) -> Progress:
         return Progress(key=uuid.uuid4().hex)
 
 
+def shipper_environment() -> dict[str, str]:
+    """Return the environment of a process that imports this package from where it lies."""
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 def read_rows(spool: Path, offset: int) -> tuple[list[Row], int]:
     """Return the complete rows after byte `offset` and the offset behind them.
 

@@ -30,7 +30,15 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
-from train.tracking.shipper import SESSION, SPOOL, Session, read_progress, write_atomically
+from train.tracking.shipper import (
+    SESSION,
+    SPOOL,
+    Progress,
+    Session,
+    read_progress,
+    shipper_environment,
+    write_atomically,
+)
 from train.tracking.system_metrics import SystemMetrics
 
 EVENTS = "events.txt"
@@ -141,19 +149,12 @@ class Tracker:
     @property
     def uri(self) -> str:
         """The tracking URI in use, without a user's name or password."""
-        parts = urlsplit(self._session.uri)
-        if "@" not in parts.netloc:
-            return self._session.uri
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return without_password(self._session.uri)
 
     @property
     def url(self) -> str | None:
         """The run's page at the server; None before it exists and where there is no server."""
-        progress = read_progress(self.folder)
-        if progress.run_id is None or not self.uri.startswith(("http://", "https://")):
-            return None
-        page = f"experiments/{progress.experiment_id}/runs/{progress.run_id}"
-        return f"{self.uri.rstrip('/')}/#/{page}"
+        return run_url(self.uri, read_progress(self.folder))
 
     @property
     def dropped(self) -> int:
@@ -287,7 +288,6 @@ class Tracker:
             return
         self._restart_at = time.monotonic() + self._restart_delay_s
         self._restart_delay_s = min(2 * self._restart_delay_s, 600.0)
-        path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         with (self.folder / "shipper.log").open("ab") as log:
             self._shipper = subprocess.Popen(
                 [sys.executable, "-P", "-m", "train.tracking.shipper", str(self.folder)],
@@ -295,7 +295,7 @@ class Tracker:
                 stdout=log,
                 stderr=log,
                 bufsize=0,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+                env=shipper_environment(),
                 start_new_session=True,  # Ctrl-C is for the trainer
             )
 
@@ -341,6 +341,22 @@ def _lock(folder: Path) -> IO[bytes]:
     except OSError:
         pass  # a file system without locks is no reason not to train
     return file
+
+
+def without_password(uri: str) -> str:
+    """Return a tracking URI without a user's name or password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def run_url(uri: str, progress: Progress) -> str | None:
+    """Return a run's page at its server; None before it exists and where there is no server."""
+    if progress.run_id is None or not uri.startswith(("http://", "https://")):
+        return None
+    page = f"experiments/{progress.experiment_id}/runs/{progress.run_id}"
+    return f"{uri.rstrip('/')}/#/{page}"
 
 
 def _forget(tracker: weakref.ref[Tracker]) -> None:

@@ -1,0 +1,1 @@
+"""Proves a layout against one plain process; see docs/check.md."""

@@ -1,0 +1,108 @@
+r"""The command `longhaul submit`: from a configuration to a job in SLURM's queue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def submit(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The run's YAML file.", show_default=False)
+    ],
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes to train on.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE...", help="Values to change, by dotted key.", show_default=False
+        ),
+    ] = None,
+    ranks_per_node: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Ranks on each node: its GPUs.")
+    ] = 8,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Ranks without GPUs.")] = False,
+    time: Annotated[
+        str, typer.Option(metavar="TIME", help="Limit of one attempt, as SLURM writes it.")
+    ] = "24:00:00",
+    spare: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Nodes to ask for beside: unfit ones are left out."),
+    ] = 0,
+    lead: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="Warning before the time limit, to save in.",
+            show_default="from the steps and saves that the run took, else 300",
+        ),
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM's.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM's.", show_default=False)] = None,
+    qos: Annotated[str | None, typer.Option(help="SLURM's.", show_default=False)] = None,
+    container: Annotated[
+        str, typer.Option(metavar="IMAGE", help="With longhaul in it, run by pyxis.")
+    ] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Any other of sbatch's: --option=--constraint=ib."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")
+    ] = False,
+) -> None:
+    """Check a configuration for so many nodes, write its job script, and submit it.
+
+    The script is RUN/job.sh. It works without this command, and again when the job has ended:
+    the run goes on from its newest checkpoint. The job saves before its time limit and before it
+    is preempted, requeues itself while it gets on, and leaves out nodes that fail.
+
+    \b
+    Examples:
+      longhaul submit configs/pretrain_8b.yaml --nodes 8 --spare 1 --partition gpu
+      longhaul submit configs/pretrain_8b.yaml train.steps=1000 --nodes 8 --dry-run
+
+    Next: `squeue --me`; the log is NAME-JOB.out, the attempts are in RUN/attempts.jsonl.
+    """  # noqa: D301
+    import subprocess
+
+    from train.cluster.submission import LIBRARY, Request, job_script, render
+    from train.settings.config import load
+
+    config = load(file, overrides or (), world_size=nodes * ranks_per_node)
+    if not LIBRARY.exists():
+        raise ValueError(
+            f"{LIBRARY} is not in this folder, and the job script needs it; run longhaul submit in"
+            " the repository's root, on a file system that all nodes see"
+        )
+    named = {"partition": partition, "account": account, "qos": qos}
+    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    request = Request(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        gpus=not cpu,
+        time=time,
+        spare=spare,
+        lead_s=lead,
+        container=container,
+        options=(*options, *(option or ())),
+    )
+    text = render(config, file, overrides or (), request)
+    if dry_run:
+        typer.echo(text, nl=False)
+        return
+    script = job_script(config)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(text)
+    try:
+        answer = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no sbatch here; {script} is written: submit it where SLURM is"
+        ) from None
+    if answer.returncode:
+        raise ValueError(f"SLURM refuses {script}: {answer.stderr.strip()}")
+    job = answer.stdout.strip()
+    typer.echo(f"job {job}: {script}, log {config.name}-{job}.out")

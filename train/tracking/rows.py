@@ -1,0 +1,32 @@
+"""Files of rows, one JSON object a line, as a run appends them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Return a file's rows, none where there is no file; tail_bytes: only those in its end.
+
+    What is no JSON object was cut short by a crash, with or without the next row on its line, and
+    is passed over.
+    """
+    try:
+        with path.open("rb") as file:
+            if tail_bytes is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - tail_bytes))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

@@ -1,0 +1,73 @@
+"""The events of a run, over all attempts: one line of JSON each in run_dir/events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from train.tracking.rows import read_rows
+from train.tracking.tracker import NoTracker, Tracker
+
+EVENTS = "events.jsonl"
+Kind: TypeAlias = Literal[
+    "started", "resumed", "saved", "not_saved", "skipped", "spike", "rolled_back",
+    "straggler", "warned", "preempted", "hang", "failed", "finished",
+]  # fmt: skip
+
+
+class Timeline:
+    """Writes events into the run folder and, once there is one, the tracker."""
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        """writes: whether this rank does (rank 0)."""
+        self.path, self.writes = folder / EVENTS, writes
+        self.tracker: Tracker | NoTracker = NoTracker()
+        self._counts = Counter(event["kind"] for event in read_events(folder) if writes)
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that began last, 0 before the first."""
+        return sum(event["kind"] == "started" for event in read_events(self.path.parent))
+
+    def add(
+        self,
+        kind: Kind,
+        step: int,
+        text: str,
+        facts: Mapping[str, object] | None = None,
+        *,
+        must: bool = False,
+    ) -> None:
+        """Write an event down: what happened when, in a sentence, with facts for programs.
+
+        must: any rank does, but where this attempt has one of the kind already. A file that cannot
+        be written does not end the run: MLflow is told all the same.
+        """
+        if not self.writes and not (must and kind not in self._kinds_of_attempt()):
+            return
+        event = {"time": time.time(), "kind": kind, "step": step, "text": text, **(facts or {})}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError:
+            pass
+        self._counts[kind] += 1
+        self.tracker.event(text, step)
+        self.tracker.metrics({f"events/{kind}": float(self._counts[kind])}, step)
+
+    def _kinds_of_attempt(self) -> list[str]:
+        """Return the kinds of events since the last start."""
+        kinds = [event["kind"] for event in read_events(self.path.parent)]
+        while "started" in kinds:
+            kinds = kinds[kinds.index("started") + 1 :]
+        return kinds
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return a run's events in their order."""
+    return read_rows(folder / EVENTS)

@@ -1,0 +1,1 @@
+"""Watching a run: where each rank is, hangs, stragglers, the timeline, and its last words."""
