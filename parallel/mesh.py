@@ -104,6 +104,7 @@ def build_mesh(*, tp: int, cp: int, timeout: timedelta = timedelta(minutes=30)) 
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             context_parallel_size=cp,
+            create_gloo_process_groups=False,  # a second set, for megatron's own checkpoints
             distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
         )
     rank = dist.get_rank()

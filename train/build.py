@@ -70,21 +70,9 @@ def build(
     fill: called with the model before its engine takes it, to put in other weights. cut_above: see
     ZeroEngine.
     """
-    parallel = config.parallel
     use_compiled(config.train.compile)
-    layout = layout_of(parallel.layout, mesh.cp)
-    sequence = FoldedSequence()
-    if mesh.cp > 1:
-        sequence = FoldedSequence(layout, choose_exchange(parallel.attention, mesh.cp_group))
-    linears: Linears = LocalLinears()
-    if mesh.tp > 1:
-        linears = MegatronLinears(
-            mesh, sequence_parallel=parallel.sequence_parallel, dtype=torch.float32
-        )
-    with torch.device(mesh.device):
-        model = Decoder(
-            model_config, sequence=sequence, linears=linears, compute=to_compute_config(config)
-        )
+    layout = layout_of(config.parallel.layout, mesh.cp)
+    model = make_model(config, model_config, mesh, layout)
     initialise(
         model,
         model_config,
@@ -93,18 +81,34 @@ def build(
         take=lambda parameter, whole: cut_of(parameter).take(whole, mesh.tp, mesh.tp_rank),
     )
     fill(model)
-    if mesh.tp > 1 and parallel.sequence_parallel:
+    if mesh.tp > 1 and config.parallel.sequence_parallel:
         sum_scattered_gradients(model, mesh)
     engine = make_engine(
         model,
         make_optimizer(model, config),
         mesh,
-        stage=parallel.zero,
+        stage=config.parallel.zero,
         bf16=config.train.precision == "bf16",
         clip=config.train.clip,
         cut_above=cut_above,
     )
     return Built(model, engine, layout)
+
+
+def make_model(config: Config, model_config: ModelConfig, mesh: Mesh, layout: Layout) -> Decoder:
+    """Return this rank's part of the model; its weights are not initialised."""
+    parallel, sequence = config.parallel, FoldedSequence()
+    if mesh.cp > 1:
+        sequence = FoldedSequence(layout, choose_exchange(parallel.attention, mesh.cp_group))
+    linears: Linears = LocalLinears()
+    if mesh.tp > 1:
+        linears = MegatronLinears(
+            mesh, sequence_parallel=parallel.sequence_parallel, dtype=torch.float32
+        )
+    with torch.device(mesh.device):
+        return Decoder(
+            model_config, sequence=sequence, linears=linears, compute=to_compute_config(config)
+        )
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -21,6 +21,7 @@ from train.commands.export import export_model
 from train.commands.generate import ChangesOption, generate
 from train.commands.import_model import import_model
 from train.commands.miniature import miniature
+from train.commands.plan import plan
 from train.commands.preflight import preflight
 from train.commands.status import status
 from train.commands.submit import submit
@@ -360,6 +361,7 @@ app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(miniature)
+app.command()(plan)
 app.command()(preflight)
 app.command()(submit)
 app.command()(status)

@@ -95,8 +95,11 @@ def train_steps(
             total += output.loss.detach()
             last = number == len(windows) - 1
             loss = poison(output.loss, total, mesh, guard.cut()) if last else output.loss
-            built.engine.backward(loss, last=last)
             state.memory[index] = detach(output.state)
+            # Before the backward: parts of the graph that only the last state hangs on would hold
+            # what checkpointing recomputes for them, in every layer, until the end.
+            del output
+            built.engine.backward(loss, last=last)
         lr = learning_rate(config.train, state.step)
         grad_norm = built.engine.step(lr)
         dist.all_reduce(total, group=mesh.zero_group)

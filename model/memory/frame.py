@@ -92,9 +92,8 @@ def token_pieces(rows: Rows, keys: RowKeys, segments: Segments) -> list[Piece]:
     if frame.sensory:
         pieces.append(piece(sensory, rows.visible))
     if frame.late:
-        positions = segments.sequence.positions(segments.segment_len)
-        middle = int((positions < segments.segment_len // 2).sum())
-        pieces.append(piece(late, queries=slice(middle, None)))
+        # of every rank's slice too: late rows stand where the first half lies evenly on the ranks
+        pieces.append(piece(late, queries=slice(segments.length // 2, None)))
     return pieces
 
 

@@ -178,7 +178,7 @@ class Hmt(InTurn):
         """Return the last k tokens of each segment, wherever they live: [B, N, k]."""
         count, end = self.memory.sensory, segments.segment_len
         places = segments.sequence.positions(end).to(tokens.device) - (end - count)
-        mine = places >= 0
-        found = torch.zeros(*tokens.shape[:2], count, device=tokens.device)  # ids are under 2^24
-        found[:, :, places[mine]] = tokens[:, :, mine].to(found.dtype)
-        return segments.sequence.total(found).long()
+        # ids are under 2^24; what stands before the last k lands in a place of its own
+        found = torch.zeros(*tokens.shape[:2], count + 1, device=tokens.device)
+        found[:, :, places.where(places >= 0, count)] = tokens.to(found.dtype)
+        return segments.sequence.total(found[:, :, :count].contiguous()).long()

@@ -45,9 +45,9 @@ def read_tokens(
     rotated = rotate(k, cos, sin)
     here = (x.narrow(-4, window, segments.num_segments) for x in (cos, sin))  # B may stand before
     q = rotate(raw.q, *here)
-    after = WindowState(
-        k[:, segments.num_segments :], v[:, segments.num_segments :], age[:, -1] + 1
-    )
+    # Copies: views would keep the keys of all N segments alive, in every layer, until the backward.
+    last_k, last_v = (x[:, segments.num_segments :].clone() for x in (k, v))
+    after = WindowState(last_k, last_v, age[:, -1] + 1)
     visible = None
     if window:
         visible = age.unsqueeze(-1) > torch.arange(window, device=age.device)

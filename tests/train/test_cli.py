@@ -67,6 +67,7 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         "import",
         "export",
         "miniature",
+        "plan",
         "preflight",
         "submit",
         "status",

@@ -31,6 +31,13 @@ class ConfigError(ValueError):
         super().__init__("\n".join([f"{source}: {count}", *(f"  {p}" for p in self.problems)]))
 
 
+def values_of(root: type[BaseModel], raw: Mapping[str, object]) -> dict[str, object]:
+    """Return each valid field of raw values by its dotted path, as rules name it (broken_rules)."""
+    look = _Examination(root)
+    look.at_section(root, raw, _Where("", "", ""))
+    return dict(look.values)
+
+
 def find_problems(
     root: type[BaseModel], raw: Mapping[str, object], world_size: int | None
 ) -> list[str]:
