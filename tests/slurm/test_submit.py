@@ -95,3 +95,13 @@ def test_a_configuration_that_does_not_fit_the_nodes_is_refused() -> None:
     answer = longhaul("submit", "configs/pretrain_8b.yaml", "--nodes", 3, "--dry-run")
     assert answer.returncode == 2
     assert "train.batch_size: 32 is not a multiple" in answer.stderr
+
+
+def test_the_plan_is_printed_beside_the_script_and_what_does_not_fit_is_refused() -> None:
+    command = ("submit", str(FILE), "--nodes", "8", "--dry-run", "--gpu", "h100")
+    fits = longhaul(*command)
+    assert fits.returncode == 0 and "fits:" in fits.stderr
+    assert fits.stdout.startswith("#!/usr/bin/env bash\n") and "fits:" not in fits.stdout
+    large = longhaul(*command, "train.micro_batch=4", "train.checkpointing=none")
+    assert large.returncode == 2 and "the run does not fit on 8 nodes of 8 (h100)" in large.stderr
+    assert large.stdout == ""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from train.checking.check import Report
+    from train.settings.config import Config
 
 
 def check(
@@ -46,21 +50,27 @@ def check(
 
     Next: docs/check.md says what it finds and what it cannot.
     """  # noqa: D301
-    from train.quiet import quieten_libraries
-    from train.settings.config import load
-
-    config = load(file, overrides or ())
-    # On the CPU whatever the machine has: processes are forked, which a used GPU forbids.
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    quieten_libraries()
     import json
 
-    from train.checking import report
-    from train.checking.check import check as run
+    from train.settings.config import load
 
-    found = run(config, ranks, lambda line: typer.echo(line, err=True))
+    found = run_check(load(file, overrides or ()), ranks)
+    from train.checking import report
+
     if as_json:
         typer.echo(json.dumps(report.as_json(found), indent=2))
     else:
         typer.echo(report.as_text(found))
     raise typer.Exit(0 if found.passes else 1)
+
+
+def run_check(config: Config, ranks: int) -> Report:
+    """Return what the check of a configuration finds, with progress on standard error."""
+    from train.quiet import quieten_libraries
+
+    # On the CPU whatever the machine has: processes are forked, which a used GPU forbids.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    quieten_libraries()
+    from train.checking.check import check as run
+
+    return run(config, ranks, lambda line: typer.echo(line, err=True))

@@ -70,8 +70,8 @@ def plan(
     """  # noqa: D301
     from train.quiet import quieten_libraries
 
+    quieten_libraries()
     if calibrate is not None:
-        quieten_libraries()
         from train.planning.calibrate import calibrate as measure
 
         for line in measure(calibrate):
@@ -93,7 +93,6 @@ def plan(
         raise ValueError(
             "model.vocab_size is left out, to be taken from the data; give --vocab-size"
         )
-    quieten_libraries()
     if choose:
         _choose(config, cluster, nodes, ranks, vocab, segments, file if write else None, as_json)
         return

@@ -3,9 +3,12 @@ r"""The command `longhaul submit`: from a configuration to a job in SLURM's queu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from train.settings.config import Config
 
 
 def submit(
@@ -39,6 +42,18 @@ def submit(
             show_default="from the steps and saves that the run took, else 300",
         ),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Plan first, for a100, h100, h200 or a cluster's YAML file; refuse what does not"
+            " fit.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Prove the layout in small on this machine first.")
+    ] = False,
     partition: Annotated[str | None, typer.Option(help="SLURM's.", show_default=False)] = None,
     account: Annotated[str | None, typer.Option(help="SLURM's.", show_default=False)] = None,
     qos: Annotated[str | None, typer.Option(help="SLURM's.", show_default=False)] = None,
@@ -62,6 +77,7 @@ def submit(
     \b
     Examples:
       longhaul submit configs/pretrain_8b.yaml --nodes 8 --spare 1 --partition gpu
+      longhaul submit configs/pretrain_8b.yaml --nodes 8 --gpu h100 --check
       longhaul submit configs/pretrain_8b.yaml train.steps=1000 --nodes 8 --dry-run
 
     Next: `squeue --me`; the log is NAME-JOB.out, the attempts are in RUN/attempts.jsonl.
@@ -90,6 +106,10 @@ def submit(
         options=(*options, *(option or ())),
     )
     text = render(config, file, overrides or (), request)
+    if gpu is not None:
+        _plan(config, gpu, nodes, ranks_per_node)
+    if check:
+        _prove(config)
     if dry_run:
         typer.echo(text, nl=False)
         return
@@ -106,3 +126,38 @@ def submit(
         raise ValueError(f"SLURM refuses {script}: {answer.stderr.strip()}")
     job = answer.stdout.strip()
     typer.echo(f"job {job}: {script}, log {config.name}-{job}.out")
+
+
+def _plan(config: Config, gpu: str, nodes: int, ranks_per_node: int) -> None:
+    """Print what the run takes; raise ValueError where it does not fit."""
+    from train.quiet import quieten_libraries
+
+    if config.model.vocab_size is None:
+        raise ValueError(
+            "model.vocab_size is left out, to be taken from the data, and --gpu plans without"
+            " them; give model.vocab_size=N"
+        )
+    quieten_libraries()
+    from train.planning import load_cluster, plan
+
+    made = plan(
+        config, load_cluster(gpu), nodes, ranks_per_node, vocab_size=config.model.vocab_size
+    )
+    for line in made.describe():
+        typer.echo(line, err=True)
+    if not made.memory.fits:
+        raise ValueError(
+            f"the run does not fit on {nodes} nodes of {ranks_per_node} ({gpu}); the plan above"
+            " says what to shrink, `longhaul plan --choose` which layouts fit"
+        )
+
+
+def _prove(config: Config) -> None:
+    """Run the layout in small beside one process; raise ValueError where they differ."""
+    from train.checking import report
+    from train.commands.check import run_check
+
+    found = run_check(config, 4)
+    typer.echo(report.as_text(found), err=True)
+    if not found.passes:
+        raise ValueError("the layout does not compute what one process does; see the check above")
