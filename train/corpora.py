@@ -196,3 +196,8 @@ def metric_names(names: Sequence[str]) -> list[str]:
         if len(set(ends)) == len(ends) and not set(ends) & {"train", "valid"}:
             return ends
     return [name.strip("/").replace("/", "_") for name in names]
+
+
+def keys_per_token(streams: Streams, window: int) -> float | None:
+    """Return the mean of keys read by attention where segments are packed; None: whole segments."""
+    return streams.keys_per_token(window) if isinstance(streams, PackedStreams) else None

@@ -179,16 +179,16 @@ def pretrain_forking(config: Config, name: str) -> int:
 
 def pretrain_holding(config: Config, step: int) -> int:
     """Train, but stand still once this step's row is written, until there is a file `go`."""
-    from train.pretrain import Pretraining
+    from train.reporting import Reporter
 
-    record = Pretraining._record
+    record = Reporter.step
 
     def hold(self: Any, state: Any, result: Any, seconds: float) -> None:
         record(self, state, result, seconds)
         while state.step == step and not (config.run_dir / "go").exists():
             time.sleep(0.01)
 
-    Pretraining._record = hold  # type: ignore[method-assign]
+    Reporter.step = hold  # type: ignore[method-assign]
     return pretrain(config)
 
 

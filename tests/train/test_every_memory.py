@@ -88,7 +88,9 @@ def everything(built: Built, state: TrainState) -> dict[str, torch.Tensor]:
 def held_out(config: Config, run: tuple[Built, Mesh, Inputs]) -> dict[str, float]:
     built, mesh, inputs = run
     assert inputs.valid is not None
-    measured = HeldOut(config, inputs.valid, built, mesh, NoTracker(), lambda text: None)
+    measured = HeldOut(
+        config, inputs.valid, built, mesh, NoTracker(), lambda text: None, lambda: None
+    )
     found = measured.evaluate(2, compare=True)
     losses = {"on": found.on, "off": found.off, "shuffled": found.shuffled}
     return {name: x.loss for name, x in losses.items() if x is not None}

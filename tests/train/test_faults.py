@@ -185,10 +185,10 @@ def make_read_only(rank: int) -> None:
 
 def pretrain_until_refused(config: Config, refuse: Callable[[int], None]) -> int:
     """Train; after the first checkpoint the disk takes no other."""
-    from train.pretrain import Pretraining
+    from train.reporting import Reporter
 
     vars(saver)["RETRY_AFTER_S"] = (0.01,)
-    record = Pretraining._record
+    record = Reporter.step
 
     def hook(self: Any, state: Any, *others: Any) -> None:
         record(self, state, *others)
@@ -196,7 +196,7 @@ def pretrain_until_refused(config: Config, refuse: Callable[[int], None]) -> int
             self.folder.wait()
             refuse(self.mesh.rank)
 
-    Pretraining._record = hook  # type: ignore[method-assign]
+    Reporter.step = hook  # type: ignore[method-assign]
     return pretrain(config)
 
 

@@ -83,7 +83,7 @@ def pretraining_flops(raw: dict[str, Any]) -> tuple[float, float, float]:
         training_flops_per_token(model, SEGMENT, keys)
         for keys in (streams.keys_per_token(model.window), None)
     )
-    return run.flops, packed, whole
+    return run.reporter.flops, packed, whole
 
 
 def test_a_packed_run_counts_the_flops_of_the_keys_it_reads(tmp_path: Path, short: Shards) -> None:

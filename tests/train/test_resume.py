@@ -112,14 +112,14 @@ def test_random_state_passing_goes_on_bit_for_bit(tmp_path: Path, shards: Shards
 
 def pretrain_drawing(config: Config, hold: int) -> int:
     """Train, a random number added to every loss that is logged."""
-    from train.pretrain import Pretraining
+    from train.reporting import Reporter
 
-    record = Pretraining._record
+    record = Reporter.step
 
     def draw(self: Any, state: Any, result: Any, seconds: float) -> None:
         record(self, state, result._replace(loss=torch.rand(()).item()), seconds)
 
-    Pretraining._record = draw  # type: ignore[method-assign]
+    Reporter.step = draw  # type: ignore[method-assign]
     return pretrain_holding(config, hold)
 
 
