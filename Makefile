@@ -13,8 +13,9 @@ export DS_BUILD_OPS := 0
 PYTEST_ARGS ?=
 # Such as --kills 200 --seed 7.
 DRILL_ARGS ?= --kills 100
-# Test processes of pytest-xdist; 0 runs in one. Distributed tests start 2 to 4 ranks themselves.
-JOBS ?= 0
+# Test processes of pytest-xdist; 0 runs in one. Distributed tests start 2 to 4 ranks themselves,
+# which wait for one another much of the time.
+JOBS ?= 2
 QUICKSTART_ARGS ?=
 
 VENV := .venv

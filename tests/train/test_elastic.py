@@ -103,14 +103,14 @@ PAIRS = [
     ("tp4-sp", "cp2-dp2-micro6"),
     ("1", "dp4-z3-micro3"),
 ]
-FAST = {PAIRS[1], PAIRS[2], PAIRS[5]}
+FAST = {("fam", *PAIRS[2]), ("fam", *PAIRS[5]), ("none", *PAIRS[1])}
+MOVES = [(memory, *pair) for memory in ("fam", "none") for pair in PAIRS]
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in PAIRS],
+    ("memory", "before", "after"),
+    [pytest.param(*move, marks=() if move in FAST else pytest.mark.slow) for move in MOVES],
 )
-@pytest.mark.parametrize("memory", ["fam", "none"])
 def test_a_run_goes_on_at_another_layout(
     memory: str, before: str, after: str, tmp_path: Path, shards: Shards
 ) -> None:
