@@ -82,7 +82,7 @@ class QKV(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020), over chunks of rows if asked.
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), over chunks of tokens if asked.
 
     With a chunk the intermediate [rows, ffn_size] never exists for all rows, forward or backward
     (Liu & Abbeel 2023, Blockwise Parallel Transformer).
@@ -90,7 +90,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, linears: Linears, chunk: int | None) -> None:
         super().__init__()
-        self.chunk = chunk
+        # Rows come scattered, and a chunk of them is gathered inside: so many tokens, not rows.
+        self.chunk = None if chunk is None else -(-chunk // linears.scattered)
         self.gate_up = linears.column(config.hidden_size, 2 * config.ffn_size, stride=2)
         self.down = linears.row(config.ffn_size, config.hidden_size)
 

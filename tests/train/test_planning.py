@@ -61,6 +61,7 @@ def small(*changes: str, world: int = WORLD) -> Config:
         "parallel.cp=4 train.checkpointing=block parallel.tp=2",
         "parallel.cp=4 parallel.attention=all_gather",
         "parallel.cp=2 train.ffn_chunk=512 train.checkpointing=block",
+        "parallel.tp=2 train.ffn_chunk=512 train.checkpointing=block",
         "model.memory=window train.micro_batch=2 train.batch_size=16",
         "model.memory=fam parallel.tp=2 parallel.cp=2 train.checkpointing=block",
         "model.memory=infini parallel.cp=2",

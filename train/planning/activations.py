@@ -162,9 +162,9 @@ def _norms_and_product(s: _Sizes, config: Config) -> float:
 
 
 def _ffn_rows(s: _Sizes, config: Config) -> float:
-    """Return the rows that the FFN takes at once; a chunk is of rows outside the linear maps."""
+    """Return the rows that the FFN takes at once."""
     chunk = config.train.ffn_chunk
-    return s.rows if chunk is None else min(s.rows, chunk * s.shapes.scattered)
+    return s.rows if chunk is None else min(s.rows, chunk)
 
 
 def _ffn_backward(s: _Sizes, config: Config) -> float:
