@@ -101,7 +101,10 @@ class Ledger:
         self._waiting = b""
         self._lock = threading.Lock()  # a save syncs beside training
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._skipped = folder / f"attempt-{header.attempt:05d}.skipped"
+        # Every rank passes over the same samples, and one writes that down.
+        self._skipped: Path | None = None
+        if header.dp_rank == 0:
+            self._skipped = folder / f"attempt-{header.attempt:05d}.skipped"
 
     def recording(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
         """Yield each step's micro-batches once they are written down.
@@ -130,7 +133,9 @@ class Ledger:
                 pass  # sync, which no checkpoint goes without, raises it if it lasts
 
     def skip(self, skip: Skip) -> None:
-        """Write down, on disk, that samples were passed over; for one rank. OSError."""
+        """Write down, on disk, that samples were passed over. OSError."""
+        if self._skipped is None:
+            return
         with self._skipped.open("a") as file:
             file.write(json.dumps(skip._asdict()) + "\n")
             file.flush()

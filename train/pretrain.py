@@ -177,6 +177,8 @@ class Pretraining:
                 self.step = state.step
                 now = time.perf_counter()
                 self.reporter.step(state, result, now - began)
+                if result.trouble is not None:
+                    self.pulse.enter("save", state.step)  # a rollback reads and writes one
                 self.rescue.attend(state, result)
                 self.watch.stretch()
                 # after a rollback, and after a stop by a bad step, it is saved already

@@ -1,6 +1,7 @@
 """Whether a job goes on: what its attempts came to decides, and says why."""
 
 import json
+import signal
 import time
 from datetime import datetime
 from pathlib import Path
@@ -203,3 +204,13 @@ def test_a_hang_is_told_and_blames_no_node(tmp_path: Path) -> None:
     end_row = rows(tmp_path)[-1]
     assert end_row["reason"] == "the job hung; the log says where (rank 1 on a ended itself)"
     assert end_row.get("node") is None
+
+
+@pytest.mark.parametrize("code", [-signal.SIGABRT, -signal.SIGTERM, HUNG])
+def test_an_error_is_not_hidden_by_those_it_ended_later(tmp_path: Path, code: int) -> None:
+    start(tmp_path)
+    write_failure(tmp_path / FOLDER, Failure("a", 0, 1, 100.0, "OutOfMemoryError: 80 GiB"))
+    write_failure(tmp_path / FOLDER, Failure("b", 8, code, 90.0, ""))
+    finish(tmp_path)
+    assert rows(tmp_path)[-1]["node"] == "a"
+    assert "OutOfMemoryError" in str(rows(tmp_path)[-1]["reason"])

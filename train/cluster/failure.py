@@ -41,8 +41,7 @@ class Failure(NamedTuple):
     @property
     def blamed(self) -> str | None:
         """The node, unless the failure may be another node's."""
-        lost = self.code == HUNG or (self.code >= 0 and _LOST_PEER.search(self.message))
-        return None if lost else self.node
+        return None if precedence(self.code, self.at, self.message)[0] else self.node
 
     def describe(self) -> str:
         """Return a clause that says who ended of what."""
@@ -57,15 +56,17 @@ class Failure(NamedTuple):
         return f"{who} was ended by {name}{cause}"
 
 
-def precedence(code: int, at: float) -> tuple[int, float]:
+def precedence(code: int, at: float, message: str) -> tuple[bool, float]:
     """Return what failures are sorted by, the one that the others follow from first.
 
-    Within a second a rank that a signal ended comes before those that lost it; SIGTERM is how
-    torchrun ends the others.
+    Last come those that say themselves that they lost a peer, or were ended for one: SIGTERM is
+    how torchrun ends the others, SIGABRT how NCCL's watchdog does. A rank that another signal ended
+    is found a moment after those that lost it.
     """
-    if code >= 0:
-        return 1, at
-    return (2 if code == -signal.SIGTERM else 0), at
+    follows = code in (HUNG, -signal.SIGTERM, -signal.SIGABRT) or (
+        code >= 0 and _LOST_PEER.search(message) is not None
+    )
+    return follows, at - (1.0 if code < 0 else 0.0)
 
 
 def tell_launcher(error: BaseException) -> None:
@@ -98,4 +99,4 @@ def first_failure(folder: Path) -> Failure | None:
     for path in sorted(folder.glob("failure-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             found.append(Failure(**json.loads(path.read_text())))
-    return min(found, key=lambda failure: precedence(failure.code, failure.at), default=None)
+    return min(found, key=lambda f: precedence(f.code, f.at, f.message), default=None)

@@ -27,9 +27,12 @@ def main() -> None:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         failures = error.failures
-        rank = min(failures, key=lambda r: precedence(failures[r].exitcode, failures[r].timestamp))
-        first = failures[rank]
-        message = _said(first.message)
+        said = {rank: _said(failure.message) for rank, failure in failures.items()}
+        rank = min(
+            failures,
+            key=lambda r: precedence(failures[r].exitcode, failures[r].timestamp, said[r]),
+        )
+        first, message = failures[rank], said[rank]
         _leave(Failure(node, rank, first.exitcode, first.timestamp, message))
         sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
     except Exception as error:  # the ranks never met, say

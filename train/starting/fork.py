@@ -137,7 +137,8 @@ def _take_everything(
     for name in manifest.files:
         _share(checkpoint / name, work / name)
     run = checkpoint.parent.parent
-    for file in list_files(run / FOLDER):  # of the samples until here; later ones are superseded
+    # Of the samples until here; later ones are superseded.
+    for file in [*list_files(run / FOLDER), *sorted((run / FOLDER).glob("attempt-*.skipped"))]:
         (config.run_dir / FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(file, config.run_dir / FOLDER / file.name)
     log = run / "log.jsonl"
@@ -167,6 +168,7 @@ def _take_optimizer(
         step=0,
         position=0,
         nonfinite=0,
+        rollbacks=0,
         config=config.model_dump(mode="json"),
         data=fingerprint,
         vocab_size=config.model.vocab_size or vocab_size,

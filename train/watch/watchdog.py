@@ -83,6 +83,7 @@ class Watchdog:
         self._stopping = threading.Event()
         self._beats, self._still_s, self._number = -1, 0.0, 0
         self._heard: dict[int, _Heard] = {}
+        self._unread_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -140,15 +141,20 @@ class Watchdog:
 
         A rank's silence shows only with time: the first call of a row begins to listen.
         """
+        silent_s = _SILENT_AFTER * self._interval_s
         try:
             reports = self.peers.read()
-        except Exception:
-            reports = {mine.rank: mine}
-        for rank, found in reports.items():
+            self._unread_since = None
+        except Exception:  # a store that answers late once says nothing of the ranks
+            if self._unread_since is None:
+                self._unread_since = now
+            if now - self._unread_since < silent_s:
+                return None
+            reports = {}
+        for rank, found in (reports | {mine.rank: mine}).items():
             known = self._heard.get(rank)
             if known is None or known.report.number != found.number:
                 self._heard[rank] = _Heard(found, now)
-        silent_s = _SILENT_AFTER * self._interval_s
         busy = [
             heard
             for heard in self._heard.values()
@@ -158,8 +164,8 @@ class Watchdog:
 
     def _finish(self, reports: list[Report], mine: Report, problem: str | None) -> None:
         """Report the hang, or leave that to the first rank that lives, and end the process."""
-        speaker = min(report.rank for report in reports if report.stuck)
         try:
+            speaker = min(report.rank for report in reports if report.stuck)
             if speaker == mine.rank:
                 text = describe_hang(reports, self.peers.world_size, problem)
                 self._report(text, mine.place.step)
