@@ -165,7 +165,7 @@ class Pretraining:
                 stopped=self.stop.asked,
             )
         ) as batches:
-            began = time.perf_counter()
+            began = self.reporter.begin_step()
             agreed = self.stop.until_agreed(batches, steps, self.mesh.device)
             read = self.folder.ledger.recording(
                 [reading.prepare(batch) for batch in step] for step in agreed
@@ -190,7 +190,7 @@ class Pretraining:
                 every = config.train.eval_every
                 if every and state.step % every == 0 and not self._evaluate(state.step):
                     return False
-                began = time.perf_counter()
+                began = self.reporter.begin_step()
         return state.step >= config.train.steps
 
     def _evaluate(self, step: int) -> bool:

@@ -109,6 +109,11 @@ class Reporter:
             self.progress.say(text)
             self.tracker.event(text, state.step)
 
+    def begin_step(self) -> float:
+        """Return the time at which a step begins."""
+        self.stragglers.begin()
+        return time.perf_counter()
+
     def step(self, state: TrainState, result: StepResult, seconds: float) -> None:
         """Log a step that took so many seconds; all ranks call this."""
         tokens_per_s = self.tokens_per_step / seconds

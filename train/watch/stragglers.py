@@ -64,6 +64,10 @@ class Stragglers:
         self._suspect: int | None = None
         self._named: int | None = None
 
+    def begin(self) -> None:
+        """Begin a step: what was waited for before it, in an evaluation or a save, is not its."""
+        self._waited = self._waiting.seconds
+
     def add(self, step_s: float) -> None:
         """Take in a step of so many seconds, data and collectives included."""
         waited = self._waiting.seconds

@@ -54,6 +54,17 @@ def test_waiting_for_a_slow_rank_is_nobodys_own_work() -> None:
         assert spread.median_s < spread.slowest_s / 2
 
 
+def test_what_was_waited_for_between_steps_is_no_steps() -> None:
+    waiting = Waiting()
+    watcher = Stragglers(["n"], waiting, torch.device("cpu"))
+    for _ in range(2):
+        waiting.seconds += 3.0  # an evaluation's messages
+        watcher.begin()
+        waiting.seconds += 0.5
+        watcher.add(2.0)
+    assert watcher._own_s == pytest.approx(2 * 1.5)
+
+
 def test_counting_ends_with_its_block() -> None:
     work_class: Any = dist.Work
     original = work_class.wait
