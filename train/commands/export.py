@@ -45,8 +45,8 @@ def export_model(
     """Write a checkpoint as a folder that transformers loads: safetensors, config, tokenizer.
 
     A checkpoint of any layout, one parameter in memory at a time. Without a memory the logits are
-    the same. A memory stands beside the base weights, in memory.json and memory.safetensors; the
-    README.md that is written has code that loads it.
+    the same, but for the rounding of --dtype. A memory stands beside the base weights, in
+    memory.json and memory.safetensors; the README.md that is written has code that loads it.
 
     \b
     Examples:

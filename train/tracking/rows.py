@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from typing import Any
 def read_rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
     """Return a file's rows, none where there is no file; tail_bytes: only those in its end.
 
-    What is no JSON object was cut short by a crash, with or without the next row on its line, and
-    is passed over.
+    What is no row is passed over; see rows_of.
     """
     try:
         with path.open("rb") as file:
@@ -21,6 +21,15 @@ def read_rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]
             lines = file.read().splitlines()
     except FileNotFoundError:
         return []
+    return rows_of(lines)
+
+
+def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return the rows among lines.
+
+    What is no JSON object was cut short by a crash, with or without the next row on its line, and
+    is passed over.
+    """
     rows = []
     for line in lines:
         try:

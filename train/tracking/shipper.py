@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from train.tracking.rows import rows_of
+
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
@@ -100,7 +102,7 @@ def shipper_environment() -> dict[str, str]:
 def read_rows(spool: Path, offset: int) -> tuple[list[Row], int]:
     """Return the complete rows after byte `offset` and the offset behind them.
 
-    A line that is no JSON was torn by a crash in the middle of a write and is passed over.
+    A row that a crash tore in the middle of a write is passed over.
     """
     with spool.open("rb") as file:
         file.seek(offset)
@@ -108,15 +110,7 @@ def read_rows(spool: Path, offset: int) -> tuple[list[Row], int]:
         if b"\n" not in data:
             data += file.readline()
     data = data[: data.rfind(b"\n") + 1]
-    rows = []
-    for line in data.split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows, offset + len(data)
+    return rows_of(data.split(b"\n")), offset + len(data)
 
 
 def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
