@@ -2,12 +2,12 @@
 
     python benchmarks/learning.py prepare BOOKS/train BOOKS/valid FOLDER
     python benchmarks/learning.py run FOLDER --memory fam-norm --seed 0 [--steps 250]
-    python benchmarks/learning.py table FOLDER
+    python benchmarks/learning.py table >docs/results/learning.md
 
-Equal width, depth, tokens and order of data; one process, one thread, plain AdamW. `run` appends
-to FOLDER/results.jsonl. Held-out books are read from their first token on: with the memory (on),
-reset at every segment (off), and with the memory that another book left at the same place
-(shuffled).
+Equal width, depth, tokens and order of data; one process, one thread, plain AdamW. `run` writes
+one file a run under docs/results/learning (--results), from which `table` reads. Held-out books are
+read from their first token on: with the memory (on), reset at every segment (off), and with the
+memory that another book left at the same place (shuffled).
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data.index import Corpus
+from data.landmarks import insert_landmarks
 from data.loader import load
 from data.prepare import prepare
-from data.streams import IGNORE, Streams
+from data.streams import IGNORE, Batch, Streams
 from data.tokenizer import TokenizerTraining, load_tokenizer
 from model.config import (
     AbcMemory,
@@ -33,48 +35,78 @@ from model.config import (
     FamMemory,
     HmtMemory,
     InfiniMemory,
+    LandmarkMemory,
     MemoryConfig,
     ModelConfig,
     NoMemory,
     RmtMemory,
     WindowMemory,
 )
-from model.decoder import Decoder
+from model.decoder import Decoder, Output
 from model.init import count_parameters, initialise
-from model.memory.base import detach, map_tensors
+from model.memory.base import Carried, detach, map_tensors
 
 SEGMENT, SEGMENTS, LANES, VOCAB = 64, 16, 8, 2048
-MEMORIES: dict[str, MemoryConfig] = {
-    "none": NoMemory(),
-    "window": WindowMemory(1),
-    "fam-paper": FamMemory(16, 0, "paper"),
-    "fam-norm": FamMemory(16, 0, "norm"),
-    "fam-latch": FamMemory(16, 0, "latch"),
-    "fam-norm-window": FamMemory(16, 1, "norm"),
-    "infini": InfiniMemory(),
-    "infini-delta": InfiniMemory("delta"),
-    "infini-one-rate": InfiniMemory(gate_lr=1.0),
-    "abc": AbcMemory(16),
-    "cmab": CmabMemory(16),
-    "rmt": RmtMemory(16, state="norm"),
-    "armt": ArmtMemory(16, 32),
-    "hmt": HmtMemory(bank=64, sensory=8, search_dim=32),
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Of n seeds: Student's t for a two-sided 95 % interval."""
+
+
+class Setting(NamedTuple):
+    """A memory and how it is trained."""
+
+    memory: MemoryConfig
+    bptt: int = SEGMENTS  # segments with gradient: D + 1 for RMT's "BPTT D"
+    carried: bool = True  # from a lane's sample to its next
+    decay_gates: bool = False
+
+
+SETTINGS: dict[str, Setting] = {
+    "none": Setting(NoMemory()),
+    "window": Setting(WindowMemory(1)),
+    "fam-paper": Setting(FamMemory(16, 0, "paper")),
+    "fam-norm": Setting(FamMemory(16, 0, "norm")),
+    "fam-latch": Setting(FamMemory(16, 0, "latch")),
+    "fam-norm-window": Setting(FamMemory(16, 1, "norm")),
+    "infini": Setting(InfiniMemory()),
+    "infini-delta": Setting(InfiniMemory("delta")),
+    "infini-one-rate": Setting(InfiniMemory(gate_lr=1.0), decay_gates=True),
+    "abc": Setting(AbcMemory(16)),
+    "cmab": Setting(CmabMemory(16)),
+    "rmt": Setting(RmtMemory(16, state="norm")),
+    "rmt-bptt-0": Setting(RmtMemory(16, state="norm"), bptt=1),
+    "rmt-bptt-1": Setting(RmtMemory(16, state="norm"), bptt=2),
+    "rmt-bptt-3": Setting(RmtMemory(16, state="norm"), bptt=4),
+    "armt": Setting(ArmtMemory(16, 32)),
+    "hmt": Setting(HmtMemory(bank=64, sensory=8, search_dim=32)),
+    "landmark": Setting(LandmarkMemory(SEGMENT + 1, retrieve=2, layers="last"), carried=False),
 }
-"""infini-one-rate: gates learn at the model's rate and decay, as where memory was found unused."""
+"""infini-one-rate: gates learn at the model's rate and decay, as where memory was found unused.
+
+landmark: each segment is a block that its landmark closes, and the top layer retrieves two; the
+store is begun anew with each sample of training (a book's grows to gigabytes), kept in evaluation.
+"""
+HEADING = """# Does memory help on real text, in numbers
+
+Printed by `python benchmarks/learning.py table`, from the result of each run beside this file; the
+setting, and what they say, is in docs/results.md. Nats a token by position in the document. In
+brackets: seeds. ±: half a 95 % interval over seeds (Student's t), bold where it leaves out zero.
+"""
 EDGES = [0, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 1 << 40]
 
 
-def train(folder: Path, memory: str, seed: int, steps: int, lr: float) -> dict[str, object]:
+def train(folder: Path, name: str, seed: int, steps: int, lr: float) -> dict[str, object]:
     """Train one model; return its losses."""
     torch.set_num_threads(1)
     corpus, valid = (
         Corpus.open(folder / "train" / "train"),
         Corpus.open(folder / "valid" / "train"),
     )
-    config = ModelConfig(VOCAB, 4, 128, 4, 2, 344, 32, memory=MEMORIES[memory])
+    setting = SETTINGS[name]
+    marked = isinstance(setting.memory, LandmarkMemory)
+    config = ModelConfig(VOCAB + marked, 4, 128, 4, 2, 344, 32, memory=setting.memory)
     model = Decoder(config)
     initialise(model, config, seed)
-    groups = parameter_groups(model, decay_gates=memory == "infini-one-rate")
+    groups = parameter_groups(model, decay_gates=setting.decay_gates)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     streams = Streams(
         corpus.lengths, seed=seed, lanes=LANES, segment_len=SEGMENT, segments=SEGMENTS
@@ -96,17 +128,28 @@ def train(folder: Path, memory: str, seed: int, steps: int, lr: float) -> dict[s
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         scale = 1.0 / (batch.labels != IGNORE).sum()
-        output = model(batch.tokens, batch.starts, state, labels=batch.labels, scale=scale)
+        if marked:
+            batch = insert_landmarks(batch, SEGMENT + 1, VOCAB)  # noqa: PLW2901
         optimizer.zero_grad()
-        output.loss.backward()
+        loss = 0.0
+        for low in range(0, SEGMENTS, setting.bptt):
+            window = slice(low, low + setting.bptt)
+            labels = batch.labels[:, window]
+            output = model(
+                batch.tokens[:, window], batch.starts[:, window], state, labels=labels, scale=scale
+            )
+            output.loss.backward()
+            loss += output.loss.item()
+            state = detach(output.state)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        state = detach(output.state)
+        if not setting.carried:
+            state = None
         if step % 25 == 0:
-            print(f"{memory} seed {seed} step {step} loss {output.loss.item():.3f}", flush=True)
+            print(f"{name} seed {seed} step {step} loss {loss:.3f}", flush=True)
     seconds = time.process_time() - began
     return {
-        "memory": memory,
+        "memory": name,
         "seed": seed,
         "steps": steps,
         "lr": lr,
@@ -117,10 +160,9 @@ def train(folder: Path, memory: str, seed: int, steps: int, lr: float) -> dict[s
         "off": by_position(model, valid, memory="off"),
         "shuffled": by_position(model, valid, memory="shuffled"),
         "gates": [
-            round(gate, 3)
+            torch.sigmoid(p).tolist()
             for name, p in model.named_parameters()
             if name.endswith("gate")
-            for gate in torch.sigmoid(p).tolist()
         ],
     }
 
@@ -152,17 +194,23 @@ def by_position(model: Decoder, corpus: Corpus, *, memory: str, tokens: int = 32
         part = rows[:, first : first + length + 1]
         shape = (books, segments, SEGMENT)
         starts = torch.full(shape[:2], memory == "off")
-        read, wanted = part[:, :-1].reshape(shape), part[:, 1:].reshape(shape)
-        output = model(read, starts, state, labels=wanted, scale=torch.ones(()))
-        if memory == "shuffled" and state is not None:
-            other = map_tensors(lambda x: x.roll(1, 0), state)
-            state, output = (
-                output.state,
-                model(read, starts, other, labels=wanted, scale=torch.ones(())),
+        batch = Batch(part[:, :-1].reshape(shape), part[:, 1:].reshape(shape), starts, starts, 0)
+        if isinstance(model.config.memory, LandmarkMemory):
+            batch = insert_landmarks(batch, SEGMENT + 1, VOCAB)
+
+        def read(state: Carried | None, batch: Batch = batch) -> Output:
+            output = model(
+                batch.tokens, batch.starts, state, labels=batch.labels, scale=torch.ones(())
             )
-        else:
-            state = output.state
-        losses.append(output.token_losses.flatten(1))
+            assert isinstance(output, Output)
+            return output
+
+        output = read(state)
+        following = output.state
+        if memory == "shuffled" and state is not None:
+            output = read(map_tensors(lambda x: x.roll(1, 0), state))
+        state = following
+        losses.append(output.token_losses[..., :SEGMENT].flatten(1))
     curve = torch.cat(losses, 1).mean(0)
     return [
         curve[low:high].mean().item()
@@ -171,44 +219,69 @@ def by_position(model: Decoder, corpus: Corpus, *, memory: str, tokens: int = 32
     ]
 
 
-def table(folder: Path) -> str:
-    """Return markdown: loss by position over seeds, then differences paired by seed."""
-    runs: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for line in (folder / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        runs.setdefault(row["memory"], {})[row["seed"]] = row
+def table(results: Path) -> str:
+    """Return markdown: loss by position over seeds, differences paired by seed, infini's gates."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in SETTINGS:
+        for file in sorted(results.glob(f"{name}-[0-9]*.json")):
+            row = json.loads(file.read_text(encoding="utf-8"))
+            runs.setdefault(name, {})[row["seed"]] = row
     names = [f"{low}-{high}" for low, high in zip(EDGES[:-2], EDGES[1:-1], strict=True)]
     names.append(f"{EDGES[-2]}-")
     head = " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1)
-    text = "| loss, mean over seeds | " + head
+    text = f"{HEADING}\n| loss, mean over seeds | {head}"
     for memory, seeds in runs.items():
         for kind in ("on", "off", "shuffled"):
             rows = [seeds[seed][kind] for seed in sorted(seeds)]
             text += f"\n| {memory}, {kind} ({len(rows)}) |" + _cells(rows, spread=False)
-    text += "\n\n| difference, mean ± standard error | " + head
+    text += f"\n\n| difference (95 % interval) | {head}"
     for memory, seeds in runs.items():
         if memory == "none":
             continue
         for label, other, kind in (
-            ("none", runs["none"], "on"),
+            ("none", runs.get("none", {}), "on"),
             ("its own off", seeds, "off"),
             ("its own shuffled", seeds, "shuffled"),
         ):
-            both = sorted(seeds.keys() & other.keys())
-            rows = [
-                [b - a for a, b in zip(seeds[s]["on"], other[s][kind], strict=True)] for s in both
-            ]
+            rows = _differences(seeds, other, kind)
             text += f"\n| {label} - {memory} ({len(rows)}) |" + _cells(rows, spread=True)
+    deepest = runs.get("rmt", {})
+    for memory in ("rmt-bptt-0", "rmt-bptt-1", "rmt-bptt-3"):
+        rows = _differences(deepest, runs.get(memory, {}), "on")
+        text += f"\n| {memory} - rmt ({len(rows)}) |" + _cells(rows, spread=True)
+    text += (
+        "\n\n| share of memory (sigmoid of the gate), by layer: least to greatest of all heads |"
+    )
+    text += " 0 | 1 | 2 | 3 |\n|" + " --- |" * 5
+    for memory in ("infini", "infini-one-rate"):
+        for seed, row in sorted(runs.get(memory, {}).items()):
+            layers = [f" {min(heads):.3f} to {max(heads):.3f} |" for heads in row["gates"]]
+            text += f"\n| {memory}, seed {seed} |" + "".join(layers)
     return text
 
 
+def _differences(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], kind: str
+) -> list[list[float]]:
+    """Return theirs (read as `kind`) less ours, for each seed that both have."""
+    return [
+        [b - a for a, b in zip(ours[seed]["on"], theirs[seed][kind], strict=True)]
+        for seed in sorted(ours.keys() & theirs.keys())
+    ]
+
+
 def _cells(rows: list[list[float]], *, spread: bool) -> str:
+    """Return a line's cells; with a spread, those whose interval leaves out zero in bold."""
     cells = []
     for values in zip(*rows, strict=True):
-        cell = f" {statistics.mean(values):.3f}"
+        mean = statistics.mean(values)
+        cell = f"{mean:.3f}"
         if spread and len(values) > 1:
-            cell += f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
-        cells.append(cell + " |")
+            half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+            cell = f"{cell} ± {half:.3f}"
+            if abs(mean) > half:
+                cell = f"**{cell}**"
+        cells.append(f" {cell} |")
     return "".join(cells)
 
 
@@ -221,11 +294,14 @@ def main() -> None:
         if name == "prepare":
             command.add_argument("books", type=Path)
             command.add_argument("held_out", type=Path)
-        command.add_argument("folder", type=Path)
+        if name != "table":
+            command.add_argument("folder", type=Path)
+        if name != "prepare":
+            command.add_argument("--results", type=Path, default=Path("docs/results/learning"))
         if name == "run":
-            command.add_argument("--memory", choices=MEMORIES, required=True)
+            command.add_argument("--memory", choices=SETTINGS, required=True)
             command.add_argument("--seed", type=int, default=0)
-            command.add_argument("--steps", type=int, default=400)
+            command.add_argument("--steps", type=int, default=250)
             command.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
     if args.command == "prepare":
@@ -239,10 +315,11 @@ def main() -> None:
         prepare([args.held_out], args.folder / "valid", tokenizer=tokenizer, valid_fraction=0.0)
     elif args.command == "run":
         result = train(args.folder, args.memory, args.seed, args.steps, args.lr)
-        with (args.folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        args.results.mkdir(parents=True, exist_ok=True)
+        file = args.results / f"{args.memory}-{args.seed}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
-        print(table(args.folder))
+        print(table(args.results))
 
 
 if __name__ == "__main__":

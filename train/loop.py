@@ -31,7 +31,8 @@ class TrainState:
     step: int = 0  # steps done; their samples are consumed
     skipped: int = 0  # of them, in a row until now, without an update
     updates: int = 0  # of them, with one
-    rollbacks: int = 0  # since a checkpoint was due
+    rollbacks: int = 0  # each within checkpoint.every steps of the one before
+    rolled_back: int = 0  # step of the last one
     memory: dict[int, Carried] = field(default_factory=dict)  # by micro-batch of this rank
     passed: list[Initial] | None = None  # what random state passing may begin a document with
 

@@ -203,12 +203,12 @@ class Pretraining:
         except StopAgreed:
             self.folder.owe_evaluation(step)
             return False
+        self.folder.evaluated()
         return True
 
     def _save(self, state: TrainState) -> None:
         self.pulse.enter("save", state.step)
         began = time.perf_counter()
-        state.rollbacks = 0
         self.folder.save(state)
         self.reporter.tracker.metrics({"save_stall_s": time.perf_counter() - began}, state.step)
 

@@ -13,6 +13,7 @@ import torch
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh
 from train.build import Built
+from train.checkpoints.saver import Result
 from train.cluster.lead import LeadTime
 from train.corpora import Course, keys_per_token
 from train.evaluation.held_out import HeldOut, count_parameters, count_trained
@@ -143,10 +144,11 @@ class Reporter:
         )
 
     def saved(self) -> None:
-        """Say how a save ended, once it has."""
-        save = self.folder.saver.news()
-        if save is None:
-            return
+        """Say how saves ended, once they have."""
+        while (save := self.folder.saver.news()) is not None:
+            self._saved(save)
+
+    def _saved(self, save: Result) -> None:
         if save.error is not None:
             self.progress.say(f"step {save.step}: {save.error}")
             self.timeline.add("not_saved", save.step, f"not saved: {save.error}")

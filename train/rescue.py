@@ -63,15 +63,20 @@ class Rescue:
     def _roll_back(self, state: TrainState, what: str) -> bool:
         """Return whether there was a checkpoint to go back to."""
         step, limit = state.step, self.guard.section.max_rollbacks
+        every = self.config.checkpoint.every
+        if step - state.rolled_back >= every:  # what was gained since is in a checkpoint
+            state.rollbacks = 0
         if state.rollbacks >= limit:
             raise FloatingPointError(
-                f"step {step}: {what}, after {state.rollbacks} rollbacks without a regular"
-                f" checkpoint in between (train.guard.max_rollbacks={limit}); lower train.lr, or"
-                " look at those samples. The newest checkpoint has the weights from before"
+                f"step {step}: {what}, after {state.rollbacks} rollbacks, each less than"
+                f" checkpoint.every={every} steps after the one before"
+                f" (train.guard.max_rollbacks={limit}); lower train.lr, or look at those samples."
+                " The newest checkpoint has the weights from before"
             )
         back = self.folder.roll_back(state, self.say)
         if back is None:
             return False
+        state.rollbacks, state.rolled_back = state.rollbacks + 1, step
         lanes = self.config.train.batch_size
         text = (
             f"step {step}: {what}; rolled back to the weights of step {back}, going past"

@@ -191,7 +191,7 @@ def test_rollbacks_in_a_row_stop_the_run(tmp_path: Path, shards: Shards) -> None
     config = guarded(tmp_path / "run", shards, **changes)
     codes, text = train(1, config, {5: NAN, 6: NAN, 7: NAN})
     assert codes == [1]
-    assert "after 2 rollbacks without a regular checkpoint in between" in text
+    assert "after 2 rollbacks, each less than checkpoint.every=4 steps after the one before" in text
     assert "train.guard.max_rollbacks=2" in text
     assert checkpoint_names(config.run_dir)[-1] == "step-00000006"
     assert kinds(config) == [("rolled_back", 5), ("rolled_back", 6), ("failed", 7)]
@@ -199,7 +199,17 @@ def test_rollbacks_in_a_row_stop_the_run(tmp_path: Path, shards: Shards) -> None
 
 
 @pytest.mark.gloo
-def test_a_regular_checkpoint_forgives_rollbacks(tmp_path: Path, shards: Shards) -> None:
+def test_rollbacks_on_both_sides_of_a_checkpoint_stop_the_run(
+    tmp_path: Path, shards: Shards
+) -> None:
+    changes = {"train__guard__nonfinite": "rollback", "train__guard__max_rollbacks": 1}
+    config = guarded(tmp_path / "run", shards, checkpoint__every=4, **changes)
+    codes, text = train(1, config, {7: NAN, 9: NAN})
+    assert codes == [1] and "after 1 rollbacks" in text
+
+
+@pytest.mark.gloo
+def test_a_checkpoint_interval_forgives_rollbacks(tmp_path: Path, shards: Shards) -> None:
     changes = {"train__guard__nonfinite": "rollback", "train__guard__max_rollbacks": 1}
     config = guarded(tmp_path / "run", shards, **changes)
     codes, text = train(1, config, {5: NAN, 9: NAN})

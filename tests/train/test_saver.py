@@ -118,12 +118,30 @@ def save_two_at_once(folder: Path) -> list[int]:
         assert time.monotonic() - began > 0.2
         there = [verify(path).step for path in list_checkpoints(folder)]
         writer.finish()
-    return there
+    told = [news.step for news in (writer.news(), writer.news()) if news is not None]
+    return there + told
 
 
-def test_two_saves_never_overlap(tmp_path: Path) -> None:
-    assert run_ranks(1, save_two_at_once, tmp_path) == [[1]]
+def test_two_saves_never_overlap_and_both_are_told(tmp_path: Path) -> None:
+    assert run_ranks(1, save_two_at_once, tmp_path) == [[1, 1, 2]]
     assert [verify(path).step for path in list_checkpoints(tmp_path)] == [1, 2]
+
+
+def save_and_fail_to_tidy(folder: Path) -> str | None:
+    def refuse() -> None:
+        raise OSError("no such folder any more")
+
+    writer = open_saver(folder)
+    writer.committed = refuse
+    writer.start({"a/b@0": torch.ones(8)}, manifest_of(1))
+    result = writer.finish()
+    assert result is not None
+    return result.error
+
+
+def test_what_is_committed_is_saved_on_every_rank_whatever_follows(tmp_path: Path) -> None:
+    assert run_ranks(2, save_and_fail_to_tidy, tmp_path) == [None, None]
+    assert [verify(path).step for path in list_checkpoints(tmp_path)] == [1]
 
 
 def growth_while_saving(folder: Path) -> tuple[int, int]:

@@ -38,7 +38,8 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # name -> sha256, bytes
     format: int = FORMAT
     parent: dict[str, Any] | None = None  # of a fork: run, checkpoint, step, what it took
-    rollbacks: int = 0  # since a checkpoint was due
+    rollbacks: int = 0  # each within checkpoint.every steps of the one before
+    rolled_back: int = 0  # step of the last one
 
     @property
     def nbytes(self) -> int:

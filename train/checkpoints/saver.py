@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -61,7 +62,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._result: Result | None = None
-        self._told = True
+        self._untold: deque[Result] = deque()
 
     def start(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
         """Copy this rank's tensors and write them beside training.
@@ -71,7 +72,6 @@ class Saver:
         """
         self.finish()
         self._copies = self._copied(tensors)
-        self._result, self._told = None, False
         # A daemon: a write that hangs must not keep a failed process from ending.
         self._thread = threading.Thread(target=self._save, args=(manifest,), daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class Saver:
             return None
         self._thread.join()
         self._thread = None
-        result = self._result
+        result, self._result = self._result, None
         assert result is not None
         self.failures = 0 if result.error is None else self.failures + 1
         if self.failures >= self.max_failures:
@@ -96,11 +96,8 @@ class Saver:
         return result
 
     def news(self) -> Result | None:
-        """Return how a save ended, once, as soon as it has; never waits."""
-        if self._told or self._result is None:
-            return None
-        self._told = True
-        return self._result
+        """Return how a save ended, each once, as soon as it has; never waits."""
+        return self._untold.popleft() if self._untold else None
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies on the host, in the memory of the last ones where they fit."""
@@ -124,6 +121,7 @@ class Saver:
         except Exception as problem:  # a thread's error is seen by nobody else
             error = str(problem) or type(problem).__name__
         self._result = Result(manifest.step, path, nbytes, time.perf_counter() - began, error)
+        self._untold.append(self._result)
 
     def _write(self, manifest: Manifest) -> int:
         """Write, agree and commit; return the bytes of this rank's share."""
@@ -139,9 +137,16 @@ class Saver:
         files = dict(self._together(write))
         self._together(lambda: commit(work, replace(manifest, files=files)) if first else None)
         if first:
-            self.committed()
+            self._tidy()
         size: int = files[share_name(self.rank)]["bytes"]
         return size
+
+    def _tidy(self) -> None:
+        """Do what follows a commit; the checkpoint is there, whatever becomes of that."""
+        try:
+            self.committed()
+        except Exception as error:
+            self.say(f"after a checkpoint: {str(error) or type(error).__name__}")
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """Run action on every rank; return all results, or raise on all what failed on any."""

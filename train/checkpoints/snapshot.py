@@ -74,7 +74,13 @@ def restore(
     _restore_weights(built, mesh, stored)
     built.engine.restore(manifest.updates)
     _restore_random(mesh, stored)
-    state = TrainState(manifest.step, manifest.nonfinite, int(manifest.updates), manifest.rollbacks)
+    state = TrainState(
+        manifest.step,
+        skipped=manifest.nonfinite,
+        updates=int(manifest.updates),
+        rollbacks=manifest.rollbacks,
+        rolled_back=manifest.rolled_back,
+    )
     template = empty_state(built.model)
     if stored.has_memory:
         here = Place(mesh.tp, mesh.tp_rank, mesh.cp, mesh.cp_rank, config.parallel.layout)
@@ -154,6 +160,7 @@ def describe(
         files={},
         parent=read_parent(config.run_dir),
         rollbacks=state.rollbacks,
+        rolled_back=state.rolled_back,
     )
 
 

@@ -36,5 +36,6 @@ class GuardSection(Section):
     )
     max_rollbacks: Count = Field(
         default=3,
-        description="Rollbacks without a regular checkpoint in between before the run stops.",
+        description="Rollbacks, each within checkpoint.every steps of the one before, until the run"
+        " stops.",
     )

@@ -60,13 +60,17 @@ def plan_fork(config: Config, name: str, fingerprint: str, vocab_size: int) -> F
     or another run has the name.
     """
     child = _renamed(config, name)
+    # Looked at before the parent is read: rank 0, which may be further, writes that first.
+    taken = child.run_dir.exists() and any(
+        not path.name.startswith(PARENT) for path in child.run_dir.iterdir()
+    )
     origin = read_parent(child.run_dir)
     ours = origin is not None and Path(origin["run"]) == config.run_dir
     if origin is not None and ours and list_checkpoints(_checkpoints(child)):
         if origin["keeps"] == "weights":
             child = _starting_from(child, Path(origin["checkpoint"]))
         return Fork(config.run_dir, child, origin["keeps"], begun=True)
-    if not ours and child.run_dir.exists() and any(child.run_dir.iterdir()):
+    if not ours and (taken or origin is not None):
         raise _problem(name, f"{child.run_dir} is another run's folder already; give another name")
     manifest = newest_manifest(_checkpoints(config))
     if manifest is None:
@@ -169,6 +173,7 @@ def _take_optimizer(
         position=0,
         nonfinite=0,
         rollbacks=0,
+        rolled_back=0,
         config=config.model_dump(mode="json"),
         data=fingerprint,
         vocab_size=config.model.vocab_size or vocab_size,

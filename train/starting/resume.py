@@ -30,6 +30,7 @@ from train.loop import TrainState
 from train.settings.config import Config
 from train.starting.changes import find_changes
 from train.tracking.rows import read_rows
+from train.tracking.shipper import write_atomically
 
 OWED = "evaluation_owed"
 """Holds the step whose evaluation a stop cut short."""
@@ -99,7 +100,6 @@ class RunFolder:
         dist.barrier()
         state.updates, state.passed = before.updates, before.passed
         state.memory, state.skipped = {}, 0
-        state.rollbacks += 1
         return before.step
 
     def losses(self) -> list[float]:
@@ -158,19 +158,23 @@ class RunFolder:
     def owe_evaluation(self, step: int) -> None:
         """Write down that the evaluation after this step is still to be done."""
         if self.mesh.rank == 0:
-            (self.path / OWED).write_text(f"{step}\n")
+            write_atomically(self.path / OWED, f"{step}\n")
 
     def owes_evaluation(self, step: int) -> bool:
         """Return whether an attempt before this one left out the evaluation after this step.
 
-        All ranks call this together; it is owed no longer.
+        All ranks call this together.
         """
         owed = [False]
         if self.mesh.rank == 0 and (self.path / OWED).exists():
-            owed = [int((self.path / OWED).read_text()) == step]
-            (self.path / OWED).unlink()
+            owed = [(self.path / OWED).read_text() == f"{step}\n"]
         dist.broadcast_object_list(owed)
         return owed[0]
+
+    def evaluated(self) -> None:
+        """Write down that no evaluation is owed any longer."""
+        if self.mesh.rank == 0:
+            (self.path / OWED).unlink(missing_ok=True)
 
     def _forget_rows_after(self, step: int) -> None:
         """Drop rows of steps that will be done again."""

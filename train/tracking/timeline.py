@@ -26,7 +26,9 @@ class Timeline:
         """writes: whether this rank does (rank 0)."""
         self.path, self.writes = folder / EVENTS, writes
         self.tracker: Tracker | NoTracker = NoTracker()
-        self._counts = Counter(event["kind"] for event in read_events(folder) if writes)
+        earlier = read_events(folder)
+        self._counts = Counter(event["kind"] for event in earlier)
+        self._earlier = len(earlier)
 
     @property
     def attempt(self) -> int:
@@ -44,10 +46,10 @@ class Timeline:
     ) -> None:
         """Write an event down: what happened when, in a sentence, with facts for programs.
 
-        must: any rank does, but where this attempt has one of the kind already. A file that cannot
-        be written does not end the run: MLflow is told all the same.
+        must: any rank does, but where one of the kind has been written since this was made. A file
+        that cannot be written does not end the run: MLflow is told all the same.
         """
-        if not self.writes and not (must and kind not in self._kinds_of_attempt()):
+        if not self.writes and not (must and kind not in self._kinds_since()):
             return
         event = {"time": time.time(), "kind": kind, "step": step, "text": text, **(facts or {})}
         try:
@@ -60,12 +62,9 @@ class Timeline:
         self.tracker.event(text, step)
         self.tracker.metrics({f"events/{kind}": float(self._counts[kind])}, step)
 
-    def _kinds_of_attempt(self) -> list[str]:
-        """Return the kinds of events since the last start."""
-        kinds = [event["kind"] for event in read_events(self.path.parent)]
-        while "started" in kinds:
-            kinds = kinds[kinds.index("started") + 1 :]
-        return kinds
+    def _kinds_since(self) -> list[str]:
+        """Return the kinds of events written since this was made."""
+        return [event["kind"] for event in read_events(self.path.parent)[self._earlier :]]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -161,12 +161,23 @@ def test_torn_rows_are_passed_over_and_a_tail_begins_with_a_whole_row(tmp_path: 
     assert read_rows(tmp_path / "none") == []
 
 
+def test_a_failure_before_the_start_is_not_taken_for_the_last_attempts(tmp_path: Path) -> None:
+    first = Timeline(tmp_path, writes=True)
+    first.add("started", 0, "started")
+    first.add("failed", 3, "failed")
+    other = Timeline(tmp_path, writes=False)  # of the next attempt
+    for _ in range(2):
+        other.add("failed", 0, "failed before it began", must=True)
+    assert [event["step"] for event in read_events(tmp_path)] == [0, 3, 0]
+
+
 def test_other_ranks_write_an_event_only_where_none_of_its_kind_is(tmp_path: Path) -> None:
     first, other = (Timeline(tmp_path, writes=writes) for writes in (True, False))
     first.add("started", 0, "started")
     other.add("saved", 1, "saved")
     for _ in range(2):
         other.add("hang", 1, "hung", must=True)
+    first, other = (Timeline(tmp_path, writes=writes) for writes in (True, False))
     first.add("started", 1, "again")
     other.add("hang", 2, "hung again", must=True)
     kinds = [event["kind"] for event in read_events(tmp_path)]
