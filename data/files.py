@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from data.patience import patiently
 from data.shards import Manifest, Shard
 
 # Below the usual limit of 1024 open files, with room for the trainer's own.
@@ -20,8 +21,8 @@ class OpenFile:
     """A descriptor that closes with its last user, so an evicted one is never pulled away."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._path, self._descriptor = path, -1
+        self._descriptor = patiently(lambda: os.open(path, os.O_RDONLY), path)
 
     def size(self) -> int:
         """Return the bytes that the file has now."""
@@ -29,6 +30,17 @@ class OpenFile:
 
     def read(self, count: int, offset: int) -> bytes:
         """Return `count` bytes from `offset` on; OSError where the file ends before."""
+        return patiently(lambda: self._read(count, offset), self._path, self._reopen)
+
+    def _reopen(self) -> None:
+        """Open the file anew: what was open when a server was lost may never be read again."""
+        fresh = os.open(self._path, os.O_RDONLY)
+        try:  # under the same number: other threads may be reading
+            os.dup2(fresh, self._descriptor, inheritable=False)
+        finally:
+            os.close(fresh)
+
+    def _read(self, count: int, offset: int) -> bytes:
         # pread, not a memory map: a map over a file that shrinks is a bus error without a
         # word, and page faults on a slow file system would hold the interpreter's lock.
         pieces = []
@@ -95,7 +107,7 @@ class LocalFiles:
 
     def read(self, name: str, sha256: str, about: int) -> bytes:
         """Return a whole file."""
-        return (self.where / name).read_bytes()
+        return patiently((self.where / name).read_bytes, self.where / name)
 
     def open(self, shard: Shard) -> OpenFile:
         """Return a shard's file; the ones used last stay open."""

@@ -7,6 +7,7 @@ its place in the order and is named: holes do not shift the samples behind them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.files import Files
+from data.patience import is_away
 from data.remote import Remote, open_files
 from data.shards import (
     INDEX_DTYPE,
@@ -175,6 +177,12 @@ class Shards:
                 offset += len(content)
                 left -= len(content)
         except OSError as error:
+            if is_away(error) and error.errno != errno.EIO:
+                # No damage to leave out: another rank may read it, and would then read other data.
+                raise ValueError(
+                    f"{self._files.shown(table.shard.name)} cannot be read: {error}, for as long as"
+                    " that is waited for; start the run again when its file system is back"
+                ) from error
             return self._describe(document, f"cannot be read: {error}")
         expected = int(table.crc32[row])
         if crc == expected:

@@ -14,6 +14,7 @@ starts and documents.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -98,9 +99,12 @@ class Ledger:
         write_atomically(path, header.to_line())
         self._samples = header.samples
         self._dtype = record_dtype(header.samples)
-        self._waiting = b""
+        self._path = path
         self._lock = threading.Lock()  # a save syncs beside training
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._descriptor = os.open(path, os.O_WRONLY)
+        # Bytes of the file that are on disk; what follows them, of it handed over already.
+        self._safe, self._rest, self._handed = len(header.to_line()), b"", 0
+        self._losses = 0
         # Every rank passes over the same samples, and one writes that down.
         self._skipped: Path | None = None
         if header.dp_rank == 0:
@@ -126,7 +130,7 @@ class Ledger:
         record["hashes"] = [pair for batch in batches for pair in hash_samples(batch)]
         record["check"] = zlib.crc32(record.tobytes()[:-4])
         with self._lock:
-            self._waiting += record.tobytes()
+            self._rest += record.tobytes()
             try:
                 self._write()
             except OSError:
@@ -149,17 +153,37 @@ class Ledger:
         try:
             with self._lock:
                 self._write()
+                count, losses = len(self._rest), self._losses
             os.fsync(self._descriptor)
         except OSError as error:
+            with self._lock:
+                self._begin_again()
             raise OSError(error.errno, f"{_COULD_NOT}: {error.strerror}") from error
+        with self._lock:
+            if losses == self._losses:
+                self._safe, self._rest = self._safe + count, self._rest[count:]
+                self._handed -= count
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
 
     def _write(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        try:
+            while self._handed < len(self._rest):
+                left, place = self._rest[self._handed :], self._safe + self._handed
+                self._handed += os.pwrite(self._descriptor, left, place)
+        except OSError:
+            self._begin_again()
+            raise
+
+    def _begin_again(self) -> None:
+        """Hand over again all that is not on disk: a server that was lost may have lost it too."""
+        self._handed, self._losses = 0, self._losses + 1
+        with contextlib.suppress(OSError):
+            fresh = os.open(self._path, os.O_WRONLY)
+            os.dup2(fresh, self._descriptor, inheritable=False)
+            os.close(fresh)
 
 
 class NoLedger:

@@ -21,6 +21,7 @@ from train.evaluation.held_out import HeldOut
 from train.guard import Guard
 from train.ledger import open_ledger
 from train.loop import TrainState, train_steps
+from train.planning.expect import expected_step_s, gpu_name
 from train.reading import choose_reading, model_vocab_size
 from train.reporting import Reporter
 from train.rescue import Rescue
@@ -48,10 +49,12 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
     timeout = timedelta(seconds=limits_of(config).backstop_s(Pulse()))
     start_processes(timeout)
     agree_on(config)
-    watch = Watch(config)
+    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
+    expected_s = expected_step_s(config, vocab_size, dist.get_world_size(), gpu_name())
+    watch = Watch(config, expected_s)
     try:
         with watch.running():
-            _attempt(config, inputs, stop, watch, timeout)
+            _attempt(config, inputs, stop, watch)
     except Exception as error:
         watch.note_failure(error, 0)
         if isinstance(error, ValueError) and is_ours(error):
@@ -66,9 +69,8 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
     return 0
 
 
-def _attempt(
-    config: Config, inputs: Inputs, stop: StopRequest, watch: Watch, timeout: timedelta
-) -> None:
+def _attempt(config: Config, inputs: Inputs, stop: StopRequest, watch: Watch) -> None:
+    timeout = timedelta(seconds=watch.backstop_s)
     mesh = build_mesh(tp=config.parallel.tp, cp=config.parallel.cp, timeout=timeout)
     torch.manual_seed(config.seed)
     course = start_course(config, inputs.train)

@@ -22,7 +22,6 @@ from train.loop import StepResult, TrainState
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.settings.config import Config, dump
 from train.starting.again import continue_command
-from train.starting.fork import read_parent
 from train.starting.init_from import describe_start
 from train.starting.inputs import Inputs
 from train.starting.resume import RunFolder
@@ -103,7 +102,7 @@ class Reporter:
         )
         self.tracker.params(config.model_dump(mode="json"))
         self.tracker.tags({"formula.mfu": FORMULA, "peak": self.peak.source})
-        if (origin := read_parent(self.folder.path)) is not None:
+        if (origin := self.folder.parent) is not None:
             self.tracker.tags({f"parent.{name}": value for name, value in origin.items()})
         self.watch.note_start(state.step)
         if text := self._origin(state):

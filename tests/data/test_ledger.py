@@ -20,9 +20,9 @@ def corpus(tmp_path: Path) -> Corpus:
     return corpus_in(tmp_path)
 
 
-def batch_of(corpus: Corpus, rows: int = 2) -> Batch:
+def batch_of(corpus: Corpus, rows: int = 2, first: int = 8) -> Batch:
     streams = Streams(corpus.lengths, seed=5, lanes=4, segment_len=4, segments=3)
-    return assemble(corpus, streams, 8, rows)
+    return assemble(corpus, streams, first, rows)
 
 
 def begin(folder: Path, samples: int = 2) -> Ledger:
@@ -197,16 +197,41 @@ def test_a_full_disk_waits_for_the_checkpoint_and_is_raised_there(
 ) -> None:
     ledger = begin(tmp_path / "run")
 
-    def full(descriptor: int, content: bytes) -> int:
+    def full(descriptor: int, content: bytes, place: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
+        patch.setattr(os, "pwrite", full)
         ledger.append([batch_of(corpus)])
         with pytest.raises(OSError, match="ledger cannot be written: No space left"):
             ledger.sync()
     ledger.sync()  # somebody made room
     assert read_history(tmp_path / "run").counts.tolist() == [1, 1]
+
+
+def test_what_a_lost_server_had_not_on_disk_is_written_again(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = begin(tmp_path / "run")
+    (path,) = list_files(tmp_path / "run")
+    ledger.append([batch_of(corpus)])
+    ledger.sync()
+    there = path.stat().st_size
+    ledger.append([batch_of(corpus, first=10)])
+
+    def lose(_: int) -> None:
+        os.truncate(path, there)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lose)
+        with pytest.raises(OSError, match="Input/output"):
+            ledger.sync()
+    path.rename(path.with_suffix(".moved"))  # what is open is another file now
+    path.with_suffix(".moved").rename(path)
+    ledger.append([batch_of(corpus, first=12)])
+    ledger.sync()
+    assert read_history(tmp_path / "run").counts.tolist() == [1] * 6
 
 
 @pytest.mark.parametrize("field", ["tokens", "labels", "starts"])

@@ -77,7 +77,7 @@ def pretraining_flops(raw: dict[str, Any]) -> tuple[float, float, float]:
     streams = PackedStreams(inputs.train.lengths, seed=0, lanes=4, segment_len=SEGMENT, segments=4)
     model = built.model.config
     course = start_course(config, inputs.train)
-    run = Pretraining(config, inputs, course, built, mesh, StopRequest(), Watch(config))
+    run = Pretraining(config, inputs, course, built, mesh, StopRequest(), Watch(config, 0.0))
     run.run()
     packed, whole = (
         training_flops_per_token(model, SEGMENT, keys)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.patience import patiently
+
 FORMAT = 2
 VERIFIED = "verified.json"
 """In a checkpoint's folder: when its files were last hashed and right. Not part of it."""
@@ -67,7 +69,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     Raises BadCheckpoint where it is missing, unreadable, of another format, or not as written.
     """
     try:
-        values = dict(json.loads((checkpoint / "manifest.json").read_text()))
+        path = checkpoint / "manifest.json"
+        values = dict(json.loads(patiently(path.read_text, path)))
     except (OSError, ValueError, TypeError) as error:
         raise BadCheckpoint(f"{checkpoint}: no readable manifest.json ({error})") from error
     if values.get("format") != FORMAT:
@@ -165,8 +168,12 @@ def values_hash(values: dict[str, Any]) -> str:
 
 def file_hash(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def digest() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return patiently(digest, path)
 
 
 def record_verified(checkpoint: Path, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from train.checkpoints.folder import Manifest, begin, commit, share_name
 from train.checkpoints.tensor_file import specs_of, write_tensors
 
-RETRY_AFTER_S = (1.0, 5.0, 20.0)
+RETRY_AFTER_S = (1.0, 5.0, 20.0, 40.0)
 """A disk that refuses is tried again after so long; then this save has failed."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from train.checkpoints.folder import BadCheckpoint, Manifest, choose_checkpoint
 from train.checkpoints.stored import Part, Place, Stored
 from train.loop import TrainState
 from train.settings.config import Config, apply_overrides, parse_overrides, validate
-from train.starting.fork import read_parent
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "longhaul")
 
@@ -139,8 +139,12 @@ def describe(
     mesh: Mesh,
     state: TrainState,
     data: str,
+    parent: dict[str, Any] | None,
 ) -> Manifest:
-    """Return the manifest of a checkpoint taken now, but for its files."""
+    """Return the manifest of a checkpoint taken now, but for its files.
+
+    data: the corpus's fingerprint. parent: where a fork comes from.
+    """
     parameters = {}
     for name, parameter in built.model.named_parameters():
         cut, shape = cut_of(parameter), list(shape_of(parameter))
@@ -158,7 +162,7 @@ def describe(
         versions={"python": platform.python_version()}
         | {package: metadata.version(package) for package in PACKAGES},
         files={},
-        parent=read_parent(config.run_dir),
+        parent=parent,
         rollbacks=state.rollbacks,
         rolled_back=state.rolled_back,
     )

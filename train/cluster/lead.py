@@ -7,6 +7,7 @@ next submission, can say that the warning comes too late before it does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -59,7 +60,8 @@ class LeadTime:
     def saved(self, seconds: float) -> str | None:
         """Write down what a save took; return, once, why the lead asked for is too short."""
         timing = Timing(self.step_s, seconds).longest(read_timing(self.run_dir))
-        write_atomically(self.run_dir / TIMING, json.dumps(timing._asdict()))
+        with contextlib.suppress(OSError):  # the next save writes it
+            write_atomically(self.run_dir / TIMING, json.dumps(timing._asdict()))
         if self.asked_s is None or self.told:
             return None
         advice = advise(self.run_dir, self.asked_s)

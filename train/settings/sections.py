@@ -231,8 +231,9 @@ class ParallelSection(Section):
     timeout_s: Duration = Field(
         default=1800.0,
         description="Seconds without progress after which the job ends as hung, until two steps"
-        " were measured; and always while it reads data, saves or evaluates. Units: 30min. Raise it"
-        " if the first step compiles or reads for longer.",
+        " were measured; and always while it reads data, saves or evaluates. At least hang_factor"
+        " times the step that `longhaul plan` expects. Units: 30min. Raise it if the first step"
+        " compiles or reads for longer.",
     )
     hang_factor: Annotated[Positive, Field(gt=1)] = Field(
         default=5.0,

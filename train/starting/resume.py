@@ -29,7 +29,8 @@ from train.checkpoints.stored import Stored
 from train.loop import TrainState
 from train.settings.config import Config
 from train.starting.changes import find_changes
-from train.tracking.rows import read_rows
+from train.starting.fork import read_parent
+from train.tracking.rows import RowFile, read_rows
 from train.tracking.shipper import write_atomically
 
 OWED = "evaluation_owed"
@@ -46,6 +47,8 @@ class RunFolder:
         self.config, self.built, self.mesh, self.data = config, built, mesh, data
         self.path, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
         self.saved_at: int | None = None  # the newest step that is saved or being saved
+        self.parent = read_parent(config.run_dir)
+        self._rows = RowFile(self.path / "log.jsonl")
         self.ledger: Ledger | NoLedger = NoLedger()
         self.saver = Saver(
             self.checkpoints,
@@ -115,7 +118,9 @@ class RunFolder:
         Raises OSError after too many failures in a row.
         """
         tensors = snapshot.collect(self.built, self.mesh, state, self.config)
-        manifest = snapshot.describe(self.config, self.built, self.mesh, state, self.data)
+        manifest = snapshot.describe(
+            self.config, self.built, self.mesh, state, self.data, self.parent
+        )
         self.saver.start(tensors, manifest)
         self.saved_at = state.step
         if not self.config.checkpoint.asynchronous:
@@ -143,9 +148,8 @@ class RunFolder:
         )
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to log.jsonl (rank 0)."""
-        with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row to log.jsonl (rank 0); where it cannot be written now, with the next."""
+        self._rows.add(row)
 
     def history(self) -> list[dict[str, Any]]:
         """Return the rows of log.jsonl; a last line cut short by a crash is left out."""
@@ -153,6 +157,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Write DONE: finished, not only stopped (rank 0)."""
+        self._rows.flush()
         (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
 
     def owe_evaluation(self, step: int) -> None:
@@ -178,6 +183,7 @@ class RunFolder:
 
     def _forget_rows_after(self, step: int) -> None:
         """Drop rows of steps that will be done again."""
+        self._rows.flush()
         rows = [row for row in self.history() if row["step"] <= step]
         self.path.mkdir(parents=True, exist_ok=True)
         replacement = self.path / "log.jsonl.tmp"

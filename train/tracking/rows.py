@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+
+class RowFile:
+    """A file of rows that are appended; what cannot be written waits for the next."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._waiting = path, b""
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Append a row, behind those that wait; a file system that is away ends no run."""
+        self._waiting += json.dumps(row).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; OSError where that fails."""
+        if not self._waiting:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) :]
 
 
 def read_rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from train.tracking.rows import read_rows
+from train.tracking.rows import RowFile, read_rows
 from train.tracking.tracker import NoTracker, Tracker
 
 EVENTS = "events.jsonl"
@@ -25,6 +24,7 @@ class Timeline:
     def __init__(self, folder: Path, *, writes: bool) -> None:
         """writes: whether this rank does (rank 0)."""
         self.path, self.writes = folder / EVENTS, writes
+        self._file = RowFile(self.path)
         self.tracker: Tracker | NoTracker = NoTracker()
         earlier = read_events(folder)
         self._counts = Counter(event["kind"] for event in earlier)
@@ -46,25 +46,23 @@ class Timeline:
     ) -> None:
         """Write an event down: what happened when, in a sentence, with facts for programs.
 
-        must: any rank does, but where one of the kind has been written since this was made. A file
-        that cannot be written does not end the run: MLflow is told all the same.
+        must: any rank does, but where one of the kind has been written since this was made. Where
+        the file cannot be written, the event waits for the next one; MLflow is told at once.
         """
         if not self.writes and not (must and kind not in self._kinds_since()):
             return
         event = {"time": time.time(), "kind": kind, "step": step, "text": text, **(facts or {})}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
-        except OSError:
-            pass
+        self._file.add(event)
         self._counts[kind] += 1
         self.tracker.event(text, step)
         self.tracker.metrics({f"events/{kind}": float(self._counts[kind])}, step)
 
     def _kinds_since(self) -> list[str]:
-        """Return the kinds of events written since this was made."""
-        return [event["kind"] for event in read_events(self.path.parent)[self._earlier :]]
+        """Return the kinds of events written since this was made, none where nothing is read."""
+        try:
+            return [event["kind"] for event in read_events(self.path.parent)[self._earlier :]]
+        except OSError:
+            return []
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

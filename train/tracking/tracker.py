@@ -231,6 +231,10 @@ class Tracker:
                 lines = []
             except OSError:  # a full disk, say: the queue holds what comes until there is room
                 self._torn = True
+                with contextlib.suppress(OSError):  # a server that was lost: the old one stays so
+                    spool = (self.folder / SPOOL).open("ab", buffering=0)
+                    self._spool.close()
+                    self._spool = spool
             with contextlib.suppress(Exception):
                 self._keep_shipper()
             if stopping and (lines or not self._queue):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -29,23 +30,26 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def limits_of(config: Config) -> Limits:
-    """Return how long a rank may be without progress."""
+def limits_of(config: Config, expected_s: float = 0.0) -> Limits:
+    """Return how long a rank may be without progress; expected_s: what a step may well take."""
     parallel = config.parallel
-    return Limits(parallel.timeout_s, parallel.hang_floor_s, parallel.hang_factor)
+    first_s = max(parallel.timeout_s, parallel.hang_factor * expected_s)
+    return Limits(first_s, parallel.hang_floor_s, parallel.hang_factor)
 
 
 class Watch:
     """This rank's pulse and watchdog, the timeline, and where the other ranks are."""
 
-    def __init__(self, config: Config) -> None:
-        """All ranks make theirs together, once they have met."""
+    def __init__(self, config: Config, expected_s: float) -> None:
+        """All ranks make theirs together, once they have met; expected_s: of a step, planned."""
         self.rank, self.node = dist.get_rank(), node_name()
         self.nodes = [""] * dist.get_world_size()
         dist.all_gather_object(self.nodes, self.node)
         self.timeline = Timeline(config.run_dir, writes=self.rank == 0)
-        self.pulse, self.waiting, self.limits = Pulse(), Waiting(), limits_of(config)
+        self.pulse, self.waiting = Pulse(), Waiting()
+        self.limits = limits_of(config, expected_s)
         self.backstop_s = self.limits.backstop_s(self.pulse)
+        set_timeout(timedelta(seconds=self.backstop_s))
         self._peers = Peers(self.rank, dist.get_world_size())
         self._noted = False
 
@@ -83,7 +87,9 @@ class Watch:
 
     def last_words(self, config: Config, error: Exception, command: str) -> str:
         """Return the last lines of this rank, which an error ended; command: goes on."""
-        checkpoints = list_checkpoints(config.run_dir / "checkpoints")
+        checkpoints: list[Path] = []
+        with contextlib.suppress(OSError):  # it may be what the error is about
+            checkpoints = list_checkpoints(config.run_dir / "checkpoints")
         return last_words(
             error,
             run=config.name,

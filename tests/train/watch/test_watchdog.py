@@ -8,6 +8,10 @@ from dataclasses import replace
 import pytest
 
 from train.cluster.failure import HUNG
+from train.planning import load_cluster, plan
+from train.planning.expect import expected_step_s
+from train.settings.config import load
+from train.watch.attempt import limits_of
 from train.watch.hang import describe_hang
 from train.watch.peers import Report
 from train.watch.pulse import Place, Pulse
@@ -30,6 +34,22 @@ def pulse_after(*steps_s: float) -> Pulse:
 def test_until_two_steps_are_measured_the_configured_limit_holds() -> None:
     assert LIMITS.limit_s(pulse_after()) == 1800
     assert LIMITS.limit_s(pulse_after(1680.0)) == 1800
+
+
+def test_until_then_no_step_that_the_plan_expects_is_too_long() -> None:
+    config = load("configs/pretrain_8b.yaml", world_size=64)
+    assert limits_of(config).first_s == limits_of(config, 25.0).first_s == 1800
+    assert limits_of(config, 720.0).first_s == 3600
+
+
+def test_the_plan_expects_more_of_a_slower_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = load("configs/pretrain_8b.yaml", world_size=64)
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", None)
+    h100, a100, cpu = (expected_step_s(config, 128256, 64, name) for name in names)
+    assert h100 == plan(config, load_cluster("h100"), 8, 8).time.total
+    assert h100 < a100 < cpu
+    assert expected_step_s(config, 128256, 64, "NVIDIA Unheard-of") == a100
 
 
 def test_then_a_multiple_of_the_slowest_step_and_never_less_than_the_floor() -> None:
