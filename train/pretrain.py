@@ -34,7 +34,7 @@ from train.starting.provenance import is_ours
 from train.starting.resume import RunFolder
 from train.starting.start import agree_on, open_run
 from train.watch.attempt import Watch, limits_of
-from train.watch.pulse import Pulse, follow_layers
+from train.watch.pulse import Pulse, follow_layers, follow_segments
 
 
 def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = None) -> int:
@@ -78,6 +78,7 @@ def _attempt(config: Config, inputs: Inputs, stop: StopRequest, watch: Watch) ->
     model_config = to_model_config(config, vocab_size)
     built = build_from(inputs.start, config, model_config, mesh)
     follow_layers(built.model.blocks, watch.pulse)
+    follow_segments(built.model.memory, watch.pulse)
     Pretraining(config, inputs, course, built, mesh, stop, watch).run()
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from model.memory.in_turn import InTurn
+
 RECENT_STEPS = 50
 """The limit follows the slowest of so many: a phase that is over is forgotten."""
 
@@ -20,7 +22,7 @@ class Place(NamedTuple):
     phase: str
     step: int  # the one being done, counted from 1
     micro_batch: int | None = None
-    segments: tuple[int, int] | None = None  # of the sample: first and last of the BPTT window
+    segments: tuple[int, int] | None = None  # of the sample: first and last that it may be at
     layer: int | None = None
     direction: str | None = None  # forward or backward
 
@@ -47,6 +49,7 @@ class Pulse:
         self._phase, self._step = "start", 0
         self._micro_batch: int | None = None
         self._segments: tuple[int, int] | None = None
+        self.segment: int | None = None  # of those, where they go through the layers in turn
         self._layer: int | None = None
         self._direction: str | None = None
 
@@ -56,13 +59,19 @@ class Pulse:
         if self._phase == "step":
             self.steps_s.append(now - self._began)
         self._began, self._phase, self._step = now, phase, step
-        self._micro_batch = self._segments = self._layer = self._direction = None
+        self._micro_batch = self._segments = self._layer = self._direction = self.segment = None
         self.beats += 1
 
     def window(self, micro_batch: int, first: int, last: int) -> None:
         """Begin a BPTT window: segments first to last of a micro-batch."""
         self._micro_batch, self._segments = micro_batch, (first, last)
-        self._layer = self._direction = None
+        self._layer = self._direction = self.segment = None
+        self.beats += 1
+
+    def next_segment(self) -> None:
+        """Begin the window's first segment, or the one after the last begun."""
+        if self._segments is not None:
+            self.segment = self._segments[0] if self.segment is None else self.segment + 1
         self.beats += 1
 
     def layer(self, layer: int, direction: str) -> None:
@@ -76,7 +85,7 @@ class Pulse:
             self._phase,
             self._step,
             self._micro_batch,
-            self._segments,
+            self._segments if self.segment is None else (self.segment, self.segment),
             self._layer,
             self._direction,
         )
@@ -88,17 +97,34 @@ def follow_layers(blocks: nn.ModuleList, pulse: Pulse) -> None:
         _follow(block, number, pulse)
 
 
+def follow_segments(memory: nn.Module, pulse: Pulse) -> None:
+    """Let a memory that takes segments in turn tell the pulse when each begins."""
+    if not isinstance(memory, InTurn):
+        return
+    open_one = memory.open
+
+    def told(*args: Any) -> Any:
+        pulse.next_segment()
+        return open_one(*args)
+
+    vars(memory)["open"] = told
+
+
 def _follow(block: nn.Module, number: int, pulse: Pulse) -> None:
     def before(module: nn.Module, args: Any) -> None:
         pulse.layer(number, "forward")
 
-    def backward(grad: torch.Tensor) -> None:
-        pulse.layer(number, "backward")
-
     def after(module: nn.Module, args: Any, output: Any) -> None:
         # A tensor's hook, not a module's backward hook: that puts a node of its own in the graph.
-        if output[0].requires_grad:
-            output[0].register_hook(backward)
+        if not output[0].requires_grad:
+            return
+        segment = pulse.segment
+
+        def backward(grad: torch.Tensor) -> None:
+            pulse.segment = segment
+            pulse.layer(number, "backward")
+
+        output[0].register_hook(backward)
 
     block.register_forward_pre_hook(before)
     block.register_forward_hook(after)
