@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +106,16 @@ def published() -> str:
 
 
 LENGTHS = {"32k": 32 * K, "128k": 128 * K, "1M": K * K, "10M": 10 * K * K}
-SIZES = (64, 1024, 16384)
+SIZES = (64, 256, 1024, 4096, 16384)
 MEMORIES: dict[str, dict[str, Any]] = {
     "full attention": {"name": "none"},
     "fam": {"name": "fam", "window": 1},
     "infini": {"name": "infini", "window": 1},
     "rmt": {"name": "rmt", "window": 1},
+    "armt": {"name": "armt", "window": 1},
+    "hmt": {"name": "hmt", "bank": 640},
+    "landmark": {"name": "landmark", "window": 1, "retrieve": 2},
+    "window": {"name": "window"},
 }
 STEP = 16 * K * K
 ONLY: dict[str, Any] = {
@@ -175,10 +180,62 @@ def scale() -> tuple[str, list[dict[str, Any]]]:
                         rows.append(
                             {"model": model, "length": length, "memory": memory, "gpus": gpus}
                             | {"tokens_per_day": choice.plan.tokens_per_day, "mfu": choice.plan.mfu}
+                            | {"network": network_share(choice.plan)}
                         )
                 text += f"| {memory} | {' | '.join(cells)} |\n"
                 print(model, name, memory, cells, file=sys.stderr)
     return text, rows
+
+
+def network_share(made: Plan) -> float:
+    """Return the share of a step that waits for messages."""
+    time = made.time
+    return (time.context_parallel + time.tensor_parallel + time.zero) / time.total
+
+
+def against_full_attention(rows: list[dict[str, Any]]) -> str:
+    """Return the table of tokens a day against full attention's, each at its best layout."""
+    return _summary(
+        rows,
+        "Tokens a day against full attention's on as many GPUs: 64 / 1024 / 16384.",
+        lambda row, full: f"{row['tokens_per_day'] / full['tokens_per_day']:.2g}" if full else "?",
+        (64, 1024, 16384),
+    )
+
+
+def network_limits(rows: list[dict[str, Any]]) -> str:
+    """Return the table of what share of a step waits for messages."""
+    return _summary(
+        rows,
+        "Share of a step that waits for messages (CP, TP and ZeRO): 64 / 1024 / 16384 GPUs.",
+        lambda row, full: f"{row['network']:.0%}",
+        (64, 1024, 16384),
+    )
+
+
+def _summary(
+    rows: list[dict[str, Any]],
+    title: str,
+    show: Callable[[dict[str, Any], dict[str, Any] | None], str],
+    sizes: tuple[int, ...],
+) -> str:
+    known = {(r["model"], r["length"], r["memory"], r["gpus"]): r for r in rows}
+    columns = [(model, name) for model in ("1B", "8B", "70B") for name in LENGTHS]
+    text = f"\n### {title[:-1]}\n\n| memory | " + " | ".join(" ".join(c) for c in columns)
+    text += " |\n|" + " --- |" * (len(columns) + 1) + "\n"
+    for memory in MEMORIES:
+        cells = []
+        for model, name in columns:
+            places = [(model, LENGTHS[name], memory, size) for size in sizes]
+            shown = [
+                show(known[place], known.get((*place[:2], "full attention", place[3])))
+                if place in known
+                else "-"
+                for place in places
+            ]
+            cells.append(" / ".join(shown))
+        text += f"| {memory} | {' | '.join(cells)} |\n"
+    return text
 
 
 def cell(choice: Choice | None) -> str:
@@ -227,7 +284,8 @@ def main() -> None:
         " fits, and what takes 10% of a step or more beside arithmetic. `-`: no layout fits, or the"
         " step has too few samples to be split over so many ranks.\n\n![tokens a day](scale.png)\n"
     )
-    (OUTPUT / "scale.md").write_text(head + text)
+    summaries = against_full_attention(rows) + network_limits(rows)
+    (OUTPUT / "scale.md").write_text(head + summaries + text)
     (OUTPUT / "scale.json").write_text(json.dumps(rows, indent=1) + "\n")
     picture(rows)
 
