@@ -16,6 +16,7 @@ import typer
 from train.cluster.failure import REFUSED, tell_launcher
 from train.commands.check import check
 from train.commands.checkpoint import checkpoint
+from train.commands.convert_mfu import convert_mfu
 from train.commands.data import data
 from train.commands.export import export_model
 from train.commands.generate import ChangesOption, generate
@@ -357,6 +358,7 @@ def evaluate(
 
 
 app.command()(check)
+app.command("convert-mfu")(convert_mfu)
 app.command()(generate)
 app.command("import")(import_model)
 app.command("export")(export_model)

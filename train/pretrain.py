@@ -21,7 +21,8 @@ from train.evaluation.held_out import HeldOut
 from train.guard import Guard
 from train.ledger import open_ledger
 from train.loop import TrainState, train_steps
-from train.planning.expect import expected_step_s, gpu_name
+from train.planning.expect import expect, gpu_name
+from train.profiling import NvtxRanges, Traces, snapshot_memory
 from train.reading import choose_reading, model_vocab_size
 from train.reporting import Reporter
 from train.rescue import Rescue
@@ -50,8 +51,7 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
     start_processes(timeout)
     agree_on(config)
     vocab_size = model_vocab_size(config, inputs.train.vocab_size)
-    expected_s = expected_step_s(config, vocab_size, dist.get_world_size(), gpu_name())
-    watch = Watch(config, expected_s)
+    watch = Watch(config, expect(config, vocab_size, dist.get_world_size(), gpu_name()))
     try:
         with watch.running():
             _attempt(config, inputs, stop, watch)
@@ -61,6 +61,7 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
             raise  # it says what to do, and the command line prints nothing else
         tell_launcher(error)
         traceback.print_exc()
+        snapshot_memory(error, config.run_dir, dist.get_rank())
         print(watch.last_words(config, error, continue_command()), file=sys.stderr, flush=True)
         return 1
     # Only after success: after one rank's error NCCL would wait here for ranks that wait elsewhere,
@@ -134,6 +135,7 @@ class Pretraining:
         guard = Guard(config.train.guard, self.folder.losses())
         self.rescue = Rescue(config, self.folder, guard, self.timeline, self.reporter.progress.say)
         self.reporter.announce(state)
+        self.traces = self._open_traces()
         finished = self._train(state, guard)
         self.pulse.enter("save", state.step)
         self.folder.save_now(state)
@@ -147,6 +149,18 @@ class Pretraining:
             self.reporter.progress.say(
                 f"stopped at step {state.step}, saved; continue with: {continue_command()}"
             )
+
+    def _open_traces(self) -> Traces:
+        profile = self.config.train.profile
+        if profile.nvtx and self.mesh.device.type == "cuda":
+            self.pulse.mark = NvtxRanges().begin
+        return Traces(
+            profile,
+            self.config.run_dir,
+            self.mesh.rank,
+            self.built.model.blocks,
+            self.reporter.traced,
+        )
 
     def _train(self, state: TrainState, guard: Guard) -> bool:
         """Train; return whether every step is done (else: asked to stop)."""
@@ -168,6 +182,7 @@ class Pretraining:
                 stopped=self.stop.asked,
             )
         ) as batches:
+            self.traces.before(state.step + 1)
             began = self.reporter.begin_step()
             agreed = self.stop.until_agreed(batches, steps, self.mesh.device)
             read = self.folder.ledger.recording(
@@ -179,6 +194,7 @@ class Pretraining:
             for result in results:
                 self.step = state.step
                 now = time.perf_counter()
+                self.traces.after(state.step)
                 self.reporter.step(state, result, now - began)
                 if result.trouble is not None:
                     self.pulse.enter("save", state.step)  # a rollback reads and writes one
@@ -193,6 +209,7 @@ class Pretraining:
                 every = config.train.eval_every
                 if every and state.step % every == 0 and not self._evaluate(state.step):
                     return False
+                self.traces.before(state.step + 1)
                 began = self.reporter.begin_step()
         return state.step >= config.train.steps
 

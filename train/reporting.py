@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from train.evaluation.held_out import HeldOut, count_parameters, count_trained
 from train.evaluation.positions import Evaluation
 from train.loop import StepResult, TrainState
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
+from train.profiling import FOLDER
 from train.settings.config import Config, dump
 from train.starting.again import continue_command
 from train.starting.init_from import describe_start
@@ -141,6 +143,11 @@ class Reporter:
             state.step,
             Status(result.loss, result.grad_norm, result.lr, tokens_per_s, used, self._held()),
         )
+
+    def traced(self, path: Path) -> None:
+        """Say where a trace of this rank is."""
+        self.progress.say(f"traced: {path}")
+        self.tracker.artifact(path, FOLDER)
 
     def saved(self) -> None:
         """Say how saves ended, once they have."""

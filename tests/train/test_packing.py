@@ -12,6 +12,7 @@ from tests.train.test_every_memory import FOUR, MEMORIES, ONE, begin, live
 from tests.train.tiny import SEGMENT, Shards, build_tiny, prepare_shards, read_steps, tiny
 from train.corpora import start_course
 from train.metrics import training_flops_per_token
+from train.planning.expect import expect
 from train.pretrain import Pretraining
 from train.settings.config import validate
 from train.signals import StopRequest
@@ -77,7 +78,8 @@ def pretraining_flops(raw: dict[str, Any]) -> tuple[float, float, float]:
     streams = PackedStreams(inputs.train.lengths, seed=0, lanes=4, segment_len=SEGMENT, segments=4)
     model = built.model.config
     course = start_course(config, inputs.train)
-    run = Pretraining(config, inputs, course, built, mesh, StopRequest(), Watch(config, 0.0))
+    watch = Watch(config, expect(config, 257, 1, None))
+    run = Pretraining(config, inputs, course, built, mesh, StopRequest(), watch)
     run.run()
     packed, whole = (
         training_flops_per_token(model, SEGMENT, keys)

@@ -175,6 +175,8 @@ def _disk_rate(folder: Path) -> float:
 
 def _messages(device: torch.device) -> tuple[float, float]:
     """Return bytes/s and the latency of a hop in a ring of two processes."""
+    # The processes import the libraries anew, which have notes to print.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     with tempfile.TemporaryDirectory() as folder:
         spawn(_exchange, (device.type, folder), nprocs=2)
         big, small, size = torch.load(Path(folder, "times")).tolist()

@@ -1,4 +1,4 @@
-"""What the plan says of a step on the machine at hand, before any was measured: a bound."""
+"""What the plan says of a run on the machine at hand, before anything was measured: a bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import torch
 
 from train.planning.cluster import Cluster, Link, load_cluster
-from train.planning.plan import plan
+from train.planning.plan import Plan, plan
 from train.settings.config import Config
 
 _KNOWN = ("h200", "h100", "a100")
@@ -25,15 +25,15 @@ _SLOW_CPU = {
 _SLOW_LINK = Link(rate=5e7, latency_s=1e-3)
 
 
-def expected_step_s(config: Config, vocab_size: int, ranks: int, gpu: str | None) -> float:
-    """Return the seconds that a step may well take here, data and compilation left out.
+def expect(config: Config, vocab_size: int, ranks: int, gpu: str | None) -> Plan:
+    """Return what a run may well take here; data and compilation are not in its time.
 
     gpu: the name of a rank's, None on a CPU; of an unknown one the oldest known is thought. How
     many ranks a node has is torchrun's to say.
     """
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     nodes = max(1, ranks // per_node)
-    return plan(config, _cluster(gpu), nodes, ranks // nodes, vocab_size=vocab_size).time.total
+    return plan(config, _cluster(gpu), nodes, ranks // nodes, vocab_size=vocab_size)
 
 
 def gpu_name() -> str | None:

@@ -74,6 +74,13 @@ class Memory(NamedTuple):
             )
         return f"fits: {gib(self.total)} of {gib(self.limit)}"
 
+    def largest(self, count: int = 5) -> str:
+        """Return the largest parts on the device, and how to shrink the first that can be."""
+        parts = sorted(self.parts, key=lambda part: -self.parts[part])
+        shown = ", ".join(f"{part} {gib(self.parts[part])}" for part in parts[:count])
+        first = next(part for part in parts if part in REMEDIES)
+        return f"{shown}; {first}: {REMEDIES[first]}"
+
 
 def memory_of(
     config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster, ranks_per_node: int

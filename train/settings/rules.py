@@ -16,6 +16,7 @@ from model.config import VOCAB_MULTIPLE
 from train.settings.memories import IN_TURN, Memory, find_memory
 from train.settings.memory_rules import MEMORY_RULES
 from train.settings.pretrained_keys import PRETRAINED_RULES
+from train.settings.profile import PROFILE_RULES
 from train.settings.remedies import Rule, nearest, nearest_divisors, nearest_multiples, not_multiple
 from train.settings.sections import CorpusShare, CurriculumStage
 
@@ -332,6 +333,7 @@ RULES: tuple[Rule, ...] = (
         ("train.decay_steps", "train.schedule", _STEPS, _WARMUP),
         _decay_steps,
     ),
+    *PROFILE_RULES,
     Rule("data.cache_dir", ("data.cache_dir", "data.train", "data.valid"), _cache_dir),
     Rule("train.eval_every", ("train.eval_every", "data.valid"), _eval_every),
     Rule("checkpoint.keep_every", ("checkpoint.keep_every", "checkpoint.every"), _keep_every),

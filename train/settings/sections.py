@@ -15,6 +15,7 @@ from train.settings.guard import GuardSection
 from train.settings.lora import LoraSection
 from train.settings.memories import Memory, NoMemory
 from train.settings.pretrained_keys import RopeScalingSection
+from train.settings.profile import ProfileSection
 from train.settings.units import (
     ByteSize,
     Count,
@@ -351,6 +352,9 @@ class TrainSection(Section):
     guard: GuardSection = Field(
         default_factory=GuardSection, description="What is done about bad steps."
     )
+    profile: ProfileSection = Field(
+        default_factory=ProfileSection, description="Where a step's time and memory go."
+    )
     log_every: Count = Field(default=10, description="Steps between lines and metrics.")
     eval_every: Count | None = Field(
         default=None,
@@ -391,7 +395,7 @@ class CheckpointSection(Section):
     )
     max_failures: Count = Field(
         default=3,
-        description="Saves in a row that may fail (a full or failing disk; each is tried four times"
+        description="Saves in a row that may fail (a full or failing disk; each is tried five times"
         " and told) before the run stops.",
     )
 

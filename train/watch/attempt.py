@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from parallel.mesh import set_timeout
 from train.checkpoints.manifest import list_checkpoints
+from train.planning.plan import Plan
 from train.settings.config import Config
 from train.tracking.describe import source_commit
 from train.tracking.timeline import Timeline
@@ -40,14 +41,15 @@ def limits_of(config: Config, expected_s: float = 0.0) -> Limits:
 class Watch:
     """This rank's pulse and watchdog, the timeline, and where the other ranks are."""
 
-    def __init__(self, config: Config, expected_s: float) -> None:
-        """All ranks make theirs together, once they have met; expected_s: of a step, planned."""
+    def __init__(self, config: Config, planned: Plan) -> None:
+        """All ranks make theirs together, once they have met."""
+        self.planned = planned
         self.rank, self.node = dist.get_rank(), node_name()
         self.nodes = [""] * dist.get_world_size()
         dist.all_gather_object(self.nodes, self.node)
         self.timeline = Timeline(config.run_dir, writes=self.rank == 0)
         self.pulse, self.waiting = Pulse(), Waiting()
-        self.limits = limits_of(config, expected_s)
+        self.limits = limits_of(config, planned.time.total)
         self.backstop_s = self.limits.backstop_s(self.pulse)
         set_timeout(timedelta(seconds=self.backstop_s))
         self._peers = Peers(self.rank, dist.get_world_size())
@@ -97,6 +99,7 @@ class Watch:
             node=self.node,
             checkpoint=str(checkpoints[-1]) if checkpoints else None,
             command=command,
+            planned=self.planned.memory.largest(),
         )
 
     def stretch(self) -> None:

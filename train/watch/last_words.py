@@ -24,14 +24,18 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def remedy(error: BaseException) -> str:
-    """Return what to do about an error that ended a run."""
+def remedy(error: BaseException, planned: str = "") -> str:
+    """Return what to do about an error that ended a run.
+
+    planned: the largest parts of a rank's memory, and how to shrink the first.
+    """
     if is_echo(error):
         return "another rank or node ended first: its message, above or in its log, has the cause"
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if out_of_memory(error):
+        largest = f"; the plan's largest parts are {planned}" if planned else ""
         return (
             "lower train.micro_batch or train.loss_chunk, set train.checkpointing: block, or raise"
-            " parallel.cp, parallel.tp or parallel.zero"
+            f" parallel.cp, parallel.tp or parallel.zero{largest}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free disk space or raise the quota (longhaul checkpoint ls tells what is kept)"
@@ -42,15 +46,30 @@ def remedy(error: BaseException) -> str:
     return "the traceback above is the cause; the same command goes on once it is mended"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+
+
 def last_words(
-    error: BaseException, *, run: str, rank: int, node: str, checkpoint: str | None, command: str
+    error: BaseException,
+    *,
+    run: str,
+    rank: int,
+    node: str,
+    checkpoint: str | None,
+    command: str,
+    planned: str = "",
 ) -> str:
-    """Return the last lines of a rank that an error ended. checkpoint: the newest there is."""
+    """Return the last lines of a rank that an error ended.
+
+    checkpoint: the newest there is. planned: see `remedy`.
+    """
     kept = f"{checkpoint}; it is gone on from by: {command}" if checkpoint else "none yet"
     return "\n".join(
         (
             f"[rank {rank} on {node}] run {run} failed: {first_line(error)}",
-            f"  what to do: {remedy(error)}",
+            f"  what to do: {remedy(error, planned)}",
             f"  checkpoint: {kept}",
         )
     )

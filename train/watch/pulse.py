@@ -44,6 +44,7 @@ class Pulse:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.beats = 0
+        self.mark: Callable[[int, str], None] | None = None  # (level, what begins there)
         self.steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._clock, self._began = clock, clock()
         self._phase, self._step = "start", 0
@@ -61,12 +62,16 @@ class Pulse:
         self._began, self._phase, self._step = now, phase, step
         self._micro_batch = self._segments = self._layer = self._direction = self.segment = None
         self.beats += 1
+        if self.mark is not None:
+            self.mark(0, f"{phase} {step}")
 
     def window(self, micro_batch: int, first: int, last: int) -> None:
         """Begin a BPTT window: segments first to last of a micro-batch."""
         self._micro_batch, self._segments = micro_batch, (first, last)
         self._layer = self._direction = self.segment = None
         self.beats += 1
+        if self.mark is not None:
+            self.mark(1, f"micro-batch {micro_batch}, segments {first} to {last}")
 
     def next_segment(self) -> None:
         """Begin the window's first segment, or the one after the last begun."""
@@ -78,6 +83,8 @@ class Pulse:
         """Begin a layer's forward or backward."""
         self._layer, self._direction = layer, direction
         self.beats += 1
+        if self.mark is not None:
+            self.mark(2, f"{direction} of layer {layer}")
 
     def place(self) -> Place:
         """Return where the rank is; another thread may read a mix of two neighbouring places."""

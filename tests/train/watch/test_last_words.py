@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 
+from train.planning import load_cluster, plan
+from train.settings.config import load
 from train.watch.last_words import is_echo, last_words, remedy
 
 PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
@@ -30,6 +32,15 @@ def test_an_error_that_only_follows_another_ranks_end_says_so() -> None:
 )
 def test_each_kind_of_error_has_its_advice(error: Exception, advice: str) -> None:
     assert advice in remedy(error)
+
+
+def test_where_memory_ran_out_the_plans_largest_parts_are_named() -> None:
+    config = load("configs/pretrain_8b.yaml", ["train.checkpointing=none"], world_size=64)
+    largest = plan(config, load_cluster("h100"), 8, 8).memory.largest()
+    advice = remedy(torch.OutOfMemoryError("CUDA out of memory"), largest)
+    assert "the plan's largest parts are layers 42." in advice
+    assert advice.endswith("layers: train.checkpointing=block, raise parallel.cp, lower"
+                           " train.micro_batch or bptt_len")  # fmt: skip
 
 
 def test_the_last_lines_name_rank_node_error_checkpoint_and_command() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from train.cluster.failure import HUNG
 from train.planning import load_cluster, plan
-from train.planning.expect import expected_step_s
+from train.planning.expect import expect
 from train.settings.config import load
 from train.watch.attempt import limits_of
 from train.watch.hang import describe_hang
@@ -46,10 +46,10 @@ def test_the_plan_expects_more_of_a_slower_machine(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = load("configs/pretrain_8b.yaml", world_size=64)
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", None)
-    h100, a100, cpu = (expected_step_s(config, 128256, 64, name) for name in names)
-    assert h100 == plan(config, load_cluster("h100"), 8, 8).time.total
-    assert h100 < a100 < cpu
-    assert expected_step_s(config, 128256, 64, "NVIDIA Unheard-of") == a100
+    h100, a100, cpu = (expect(config, 128256, 64, name) for name in names)
+    assert h100 == plan(config, load_cluster("h100"), 8, 8)
+    assert h100.time.total < a100.time.total < cpu.time.total
+    assert expect(config, 128256, 64, "NVIDIA Unheard-of") == a100
 
 
 def test_then_a_multiple_of_the_slowest_step_and_never_less_than_the_floor() -> None:
