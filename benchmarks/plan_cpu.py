@@ -1,6 +1,6 @@
 """Compares plans with training on this CPU: one table of seconds and bytes a step.
 
-Run from the repository root: python benchmarks/plan_cpu.py CLUSTER.yaml
+Run from the repository root: python benchmarks/plan_cpu.py CLUSTER.yaml [RUN ...]
 (the file that `longhaul plan --calibrate CLUSTER.yaml` wrote, on the same machine). Each run is a
 process of one thread. Seconds are of CPU time, so that other work on the machine counts little.
 Bytes are what resident memory grew by, from before the model was built to its peak: in a second
@@ -115,7 +115,7 @@ def main() -> None:
         " with what the allocator keeps |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name in RUNS:
+    for name in sys.argv[2:] or RUNS:
         made = plan(config_of(name), cluster, 1, 1)
         command = [sys.executable, __file__, "--measure", name]
         took, resident = _told(command, {})

@@ -4,8 +4,9 @@ The backward of a softmax piece needs only the fold's final (out, lse), so piece
 by one and nothing of size Sq x Sk, and no rotated key, is ever saved (Liu et al. 2023, Ring
 Attention).
 
-Shapes: q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K], the first M segments carried from before;
-keys of a Piece [B, N, F, Hkv, K]: what tokens of segment n read beside their segment.
+Shapes: q [B, N, S, H, K]; k, v [B, M + N, S, Hkv, K], the first M segments carried from before, and
+heads first, [B, M + N, Hkv, S, K], where they visit ranks; keys of a Piece [B, N, F, Hkv, K]: what
+tokens of segment n read beside their segment.
 
 Gradients follow one rule: what every rank holds whole gets, on each rank, a part whose sum over the
 ranks is the gradient; so the sum over ranks that ZeRO takes of every weight is right for memory and
@@ -26,6 +27,8 @@ from model.kernels import Kernel, choose_kernel
 from model.packed import Block, Packed, backward_blocks, forward_blocks
 
 ALL = slice(None)
+_LONG = 2048
+"""Rows from which on it pays; see benchmarks/ring.py."""
 
 
 class Piece(NamedTuple):
@@ -104,6 +107,14 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.flatten(0, 1).transpose(1, 2)
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """Return [..., H, S, K] as its kernel reads it fastest: on a CPU a head's long rows together.
+
+    What is gained grows with the square of S, the copy with S.
+    """
+    return x.contiguous() if x.device.type == "cpu" and x.shape[-2] >= _LONG else x
+
+
 def _heads_last(x: Tensor, batch: int) -> Tensor:
     """[B * N, H, S, K] -> [B, N, S, H, K]."""
     result: Tensor = x.transpose(1, 2).unflatten(0, (batch, -1))
@@ -127,7 +138,7 @@ class _Fold(torch.autograd.Function):
         *keys: Tensor,
     ) -> Tensor:
         reads = _Reads(q, k, how)
-        queries = _heads_first(q)
+        queries = _laid_out(_heads_first(q))
         partial = Partial(queries)
 
         def step(source: int, k: Tensor, v: Tensor) -> None:
@@ -135,8 +146,8 @@ class _Fold(torch.autograd.Function):
                 segments = reads.segments(lag)
                 read = (
                     queries[:, :, span.queries],
-                    _heads_first(k[:, segments, span.keys]),
-                    _heads_first(v[:, segments, span.keys]),
+                    k[:, segments, :, span.keys].flatten(0, 1),
+                    v[:, segments, :, span.keys].flatten(0, 1),
                     span.causal,
                 )
                 if blocks is None:
@@ -145,7 +156,8 @@ class _Fold(torch.autograd.Function):
                     out, lse = forward_blocks(reads.kernel, *read, blocks)
                 partial.add(span.queries, out, reads.hide(lse, lag, float("-inf")))
 
-        how.exchange.visit(k, v, step)
+        k_heads, v_heads = (_laid_out(x.transpose(2, 3)) for x in (k, v))
+        how.exchange.visit(k_heads, v_heads, step)
         for i, (visible, rows, _) in enumerate(how.pieces):
             if _has_rows(rows, queries.shape[2]):
                 out, lse = reads.plain.forward(
@@ -168,18 +180,18 @@ class _Fold(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, other_out, other_lse, out, lse, *keys = ctx.saved_tensors
         reads: _Reads = ctx.reads
-        queries, dout = _heads_first(q), _heads_first(dout)
+        queries, dout = (_laid_out(_heads_first(x)) for x in (q, dout))
         dq = Sum(queries)
 
         def step(source: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             dk, dv = Sum(k), Sum(v)
             for lag, span, blocks in reads.pieces(source):
-                rows, where = span.queries, (ALL, reads.segments(lag), span.keys)
+                rows, where = span.queries, (ALL, reads.segments(lag), ALL, span.keys)
                 read = (
                     dout[:, :, rows],
                     queries[:, :, rows],
-                    _heads_first(k[where]),
-                    _heads_first(v[where]),
+                    k[where].flatten(0, 1),
+                    v[where].flatten(0, 1),
                     out[:, :, rows],
                     reads.hide(lse, lag, float("inf"))[:, :, rows],
                     span.causal,
@@ -189,11 +201,13 @@ class _Fold(torch.autograd.Function):
                 else:
                     grads = backward_blocks(reads.kernel, *read, blocks)
                 dq.add((ALL, ALL, rows), grads[0])
-                dk.add(where, _heads_last(grads[1], k.shape[0]))
-                dv.add(where, _heads_last(grads[2], k.shape[0]))
+                dk.add(where, grads[1].unflatten(0, (k.shape[0], -1)))
+                dv.add(where, grads[2].unflatten(0, (k.shape[0], -1)))
             return dk.result(), dv.result()
 
-        dk, dv = ctx.how.exchange.visit_back(k, v, step)
+        k_heads, v_heads = (_laid_out(x.transpose(2, 3)) for x in (k, v))
+        dk, dv = ctx.how.exchange.visit_back(k_heads, v_heads, step)
+        dk, dv = dk.transpose(2, 3), dv.transpose(2, 3)
         dkeys: list[Tensor] = []
         for i, (visible, rows, _) in enumerate(ctx.how.pieces):
             piece_k, piece_v = keys[2 * i], keys[2 * i + 1]
