@@ -39,7 +39,8 @@ class Traces:
         """written: told of each file. blocks: whose layers are named in the trace."""
         self.section, self.rank, self.written = section, rank, written
         self.folder, self.blocks = run_dir / FOLDER, blocks
-        self._chosen = section.first is not None and rank in section.ranks
+        self._first = section.first if rank in section.ranks else None
+        self._last = (section.first or 0) + section.steps - 1
         self._trace: profile | None = None
         self._hooks: list[Any] = []
         if section.memory and torch.cuda.is_available():
@@ -47,7 +48,7 @@ class Traces:
 
     def before(self, step: int) -> None:
         """Begin the trace, if this step, counted from 1, is the first of it."""
-        if not self._chosen or step != self.section.first:
+        if step != self._first:
             return
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -60,15 +61,14 @@ class Traces:
 
     def after(self, step: int) -> None:
         """End the trace, if this step is the last of it."""
-        assert self.section.first is not None or self._trace is None
-        if self._trace is None or step < (self.section.first or 0) + self.section.steps - 1:
+        if self._trace is None or step < self._last:
             return
         trace, self._trace = self._trace, None
         trace.stop()
         for hook in self._hooks:
             hook.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"step-{self.section.first:05d}-rank-{self.rank}"
+        name = f"step-{self._first:05d}-rank-{self.rank}"
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = self.folder / f"{name}.txt"
         table.write_text(trace.key_averages().table(sort_by=by, row_limit=_ROWS))

@@ -140,6 +140,7 @@ class RunFolder:
             self.wait()
         if self.saved_at != state.step:
             raise OSError(f"the checkpoint of step {state.step} could not be saved, see above")
+        self._rows.flush()
 
     def _retain(self) -> None:
         kept = self.config.checkpoint
