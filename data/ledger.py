@@ -103,7 +103,7 @@ class Ledger:
         self._lock = threading.Lock()  # a save syncs beside training
         self._descriptor = os.open(path, os.O_WRONLY)
         # Bytes of the file that are on disk; what follows them, of it handed over already.
-        self._safe, self._rest, self._handed = len(header.to_line()), b"", 0
+        self._safe, self._rest, self._handed = len(header.to_line()), bytearray(), 0
         self._losses = 0
         # Every rank passes over the same samples, and one writes that down.
         self._skipped: Path | None = None
@@ -161,8 +161,8 @@ class Ledger:
             raise OSError(error.errno, f"{_COULD_NOT}: {error.strerror}") from error
         with self._lock:
             if losses == self._losses:
-                self._safe, self._rest = self._safe + count, self._rest[count:]
-                self._handed -= count
+                self._safe, self._handed = self._safe + count, self._handed - count
+                del self._rest[:count]
 
     def close(self) -> None:
         """Close the file."""

@@ -3,6 +3,7 @@ r"""The command `longhaul convert-mfu`: published speeds on longhaul's basis."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -70,8 +71,6 @@ def convert_mfu(
     from train.quiet import quieten_libraries
 
     quieten_libraries()
-    from dataclasses import replace
-
     from model.config import NoMemory
     from train.build import to_model_config
     from train.converted import BASES, convert
