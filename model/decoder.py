@@ -15,7 +15,7 @@ from model.interfaces import Linears, Segments, Sequence
 from model.layers import RMSNorm
 from model.local import FoldedSequence, LocalLinears
 from model.lora import add_adapters, freeze
-from model.loss import chunked_loss
+from model.loss import chunked_loss, columns_of
 from model.memory import MEMORIES, Memory
 from model.memory.base import Carried, Initial, State
 from model.memory.frame import Rows
@@ -59,9 +59,7 @@ class Head(nn.Module):
             labels,
             scale,
             chunk=self.chunk,
-            cross_entropy=lambda logits, labels: self.linears.cross_entropy(
-                logits, labels, self.vocab_size
-            ),
+            columns=columns_of(self.linears, weight.shape[0], self.vocab_size),
         )
 
 

@@ -115,11 +115,8 @@ class Linears(Protocol):
         """Return a parameter whose first dimension, one entry a head, is split over the ranks."""
         ...
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-        """Return -log p(label): logits [rows, V / size], labels [rows] -> [rows] float32.
-
-        Columns from vocab_size on are padding and take no probability.
-        """
+    def parts(self, x: Tensor) -> Tensor:
+        """Return every rank's x, stacked [size, ...]; without gradient."""
         ...
 
 

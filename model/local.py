@@ -6,10 +6,8 @@ from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.attention import Alone, Exchange, Layout, Whole
-from model.compiled import fused
 from model.fold import Piece, fold, fold_slots
 from model.kernels import Kernel
 from model.packed import Packed
@@ -110,14 +108,6 @@ class LocalLinears:
         """Return an empty parameter."""
         return nn.Parameter(torch.empty(shape))
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-        """Return -log p(label), [rows] float32; columns from vocab_size on do not count."""
-        return _cross_entropy(logits, labels, vocab_size)
-
-
-@fused
-def _cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return functional.cross_entropy(
-        logits[:, :vocab_size].to(wide), labels, reduction="none", ignore_index=-100
-    )
+    def parts(self, x: Tensor) -> Tensor:
+        """Return x as the only part."""
+        return x.unsqueeze(0)

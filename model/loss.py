@@ -1,18 +1,37 @@
-"""Next-token loss that never holds all logits."""
+"""Next-token loss that never holds all logits.
+
+Over a vocabulary that is cut into parts, as over keys in attention, a part's log-sum-exp is all
+that the others need of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.compiled import fused
+from model.interfaces import Linears
+
 IGNORE = -100
 """Label of a position that is no target; torch's own convention."""
 
-CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+
+class Columns(NamedTuple):
+    """Which part of the vocabulary a rank's logits are."""
+
+    first: int  # the token of the first column
+    real: int  # columns that stand for tokens; those behind are padding and take no probability
+    parts: Callable[[Tensor], Tensor]  # every rank's tensor, stacked [ranks, ...]
+
+
+def columns_of(linears: Linears, width: int, vocab_size: int) -> Columns:
+    """Return which `width` columns are this rank's, of a vocabulary padded at its end."""
+    first = linears.rank * width
+    return Columns(first, max(0, min(width, vocab_size - first)), linears.parts)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -26,25 +45,22 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         scale: Tensor,
         chunk: int,
-        cross_entropy: CrossEntropy,
+        columns: Columns,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        wanted = of_hidden or of_weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         dhidden = torch.empty_like(hidden) if of_hidden else None
         dweight: Tensor | None = None
         losses = []
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            target = labels[rows]
-            valid = target != IGNORE
-            logits = (hidden[rows] @ weight.t()).requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                loss = cross_entropy(logits, target.masked_fill(~valid, 0)) * valid
-                total = loss.sum() * scale
-            losses.append(loss.detach())
-            if wanted:
-                (dlogits,) = torch.autograd.grad(total, logits)
+            logits = hidden[rows] @ weight.t()
+            loss, lse = cross_entropy(logits, labels[rows], columns)
+            losses.append(loss)
+            if not (of_hidden or of_weight):
+                continue
+            valid = labels[rows] != IGNORE
+            dlogits = become_gradient(logits, labels[rows], columns, loss, lse, valid * scale)
             if dhidden is not None:
                 dhidden[rows] = dlogits @ weight
             if of_weight:
@@ -70,14 +86,71 @@ def _added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
     return part.to(dtype) if total is None else total.add_(part)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    """Return -log p(label) [rows], 0 where it is IGNORE, and the whole vocabulary's lse [rows].
+
+    logits [rows, V / ranks], of which those that are `columns`; labels [rows] int64. float32, or
+    float64 for such logits.
+    """
+    lse, target = _read(logits[:, : columns.real], labels - columns.first)
+    parts = columns.parts(torch.stack([lse, target]))
+    lse, target = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+    return (lse - target).masked_fill(labels == IGNORE, 0.0), lse
+
+
+def become_gradient(
+    logits: Tensor, labels: Tensor, columns: Columns, loss: Tensor, lse: Tensor, weight: Tensor
+) -> Tensor:
+    """Turn logits into the gradient of (loss * weight).sum(), in place, and return them.
+
+    loss, lse: what cross_entropy returned; weight [rows], 0 where a label is IGNORE.
+    """
+    real = logits[:, : columns.real]
+    logits[:, columns.real :] = 0.0
+    if columns.real > 0:
+        _become_shares(real, lse, weight)
+        column, here = _locate(labels - columns.first, columns.real)
+        # p - 1 at the target, from the loss: p in bfloat16 would have lost the difference
+        target = torch.where(here, torch.expm1(-loss) * weight, _at(real, column))
+        # not scatter_, which on a CPU takes longer than all the rest
+        real[torch.arange(len(column), device=column.device), column] = target.to(real.dtype)
+    return logits
+
+
+def _locate(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return (the label's column, whether it is among these), each [rows]; column 0 if not."""
+    here = (labels >= 0) & (labels < columns)
+    return labels.masked_fill(~here, 0), here
+
+
+def _at(logits: Tensor, column: Tensor) -> Tensor:
+    return logits.gather(1, column.unsqueeze(1)).squeeze(1)
+
+
+def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return these columns' lse and the logit at the label, 0 where it is not among them."""
+    if logits.shape[1] == 0:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        lse = torch.full_like(labels, float("-inf"), dtype=wide)
+        return lse, torch.zeros_like(lse)
+    column, here = _locate(labels, logits.shape[1])
+    lse = _log_sum_exp(logits)
+    return lse, _at(logits, column).to(lse.dtype).masked_fill(~here, 0.0)
+
+
+@fused
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
+
+
+@fused
+def _become_shares(logits: Tensor, lse: Tensor, weight: Tensor) -> None:
+    """Write p * weight over the logits."""
+    logits.copy_((logits.to(lse.dtype) - lse.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1)))
+
+
 def chunked_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    *,
-    chunk: int,
-    cross_entropy: CrossEntropy,
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *, chunk: int, columns: Columns
 ) -> tuple[Tensor, Tensor]:
     """Return (sum of token losses * scale, token losses [rows] float32).
 
@@ -86,6 +159,6 @@ def chunked_loss(
     targets. Gradients of hidden are partial where weight is a part: see Linears.enter.
     """
     loss, token_losses = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, scale, chunk, cross_entropy
+        hidden, weight, labels, scale, chunk, columns
     )
     return loss, token_losses

@@ -15,7 +15,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
-    vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ class MegatronLinears:
     """Weights cut over the tensor-parallel group."""
 
     def __init__(self, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
-        self.size, self.rank = mesh.tp, mesh.tp_rank
+        self.size, self.rank, self.group = mesh.tp, mesh.tp_rank, mesh.tp_group
         self.sequence_parallel = sequence_parallel and mesh.tp > 1
         self.scattered = mesh.tp if self.sequence_parallel else 1
         self.config = ModelParallelConfig(
@@ -134,17 +133,11 @@ class MegatronLinears:
         set_tensor_model_parallel_attributes(part, True, 0, 1)
         return part
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-        """Return -log p(label) over the cut vocabulary, [rows] float32."""
-        real = vocab_size - self.rank * logits.shape[1]
-        if real < logits.shape[1]:
-            padding = torch.arange(logits.shape[1], device=logits.device) >= real
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        # megatron works on [rows, batch, V] and would overwrite a float32 input.
-        loss: Tensor = vocab_parallel_cross_entropy(
-            logits.unsqueeze(1).clone(), labels.unsqueeze(1)
-        )
-        return loss.squeeze(1)
+    def parts(self, x: Tensor) -> Tensor:
+        """Return every rank's x."""
+        stacked = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(stacked, x.contiguous(), group=self.group)
+        return stacked.unflatten(0, (self.size, -1))
 
 
 def _leave(weight: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross entropy over all logits."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 from model.config import NoMemory
 from model.local import LocalLinears
-from model.loss import IGNORE, chunked_loss
+from model.loss import IGNORE, Columns, become_gradient, chunked_loss, columns_of, cross_entropy
 from tests.compare import relative
 from tests.model.small import VOCAB, batch_of, build, config_of, gradients
 
@@ -23,12 +25,11 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
 
-def local(logits: Tensor, labels: Tensor) -> Tensor:
-    return LocalLinears().cross_entropy(logits, labels, VOCAB)
+COLUMNS = columns_of(LocalLinears(), PADDED, VOCAB)
 
 
 def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 4) -> tuple[Tensor, Tensor]:
-    return chunked_loss(hidden, weight, labels, SCALE, chunk=chunk, cross_entropy=local)
+    return chunked_loss(hidden, weight, labels, SCALE, chunk=chunk, columns=COLUMNS)
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,15 +85,41 @@ def test_padding_of_the_vocabulary_takes_no_probability() -> None:
 def test_logits_of_one_chunk_exist_at_a_time(chunk: int) -> None:
     rows = []
 
-    def recording(logits: Tensor, labels: Tensor) -> Tensor:
-        rows.append(logits.shape[0])
-        return local(logits, labels)
+    def parts(x: Tensor) -> Tensor:
+        rows.append(x.shape[1])
+        return x.unsqueeze(0)
 
     hidden, weight, labels = inputs()
-    loss, _ = chunked_loss(hidden, weight, labels, SCALE, chunk=chunk, cross_entropy=recording)
+    columns = COLUMNS._replace(parts=parts)
+    loss, _ = chunked_loss(hidden, weight, labels, SCALE, chunk=chunk, columns=columns)
     loss.backward()
     assert max(rows) == min(chunk, ROWS)
     assert sum(rows) == ROWS
+
+
+def test_a_sure_token_keeps_its_small_gradient_in_bfloat16() -> None:
+    """p in bfloat16 would be 1, and the gradient at the target 0."""
+    logits = torch.zeros(1, VOCAB, dtype=torch.bfloat16)
+    logits[0, 7] = 12.0
+    labels, columns = torch.tensor([7]), columns_of(LocalLinears(), VOCAB, VOCAB)
+    loss, lse = cross_entropy(logits, labels, columns)
+    gradient = become_gradient(logits, labels, columns, loss, lse, torch.ones(1))
+    others = (VOCAB - 1) * math.exp(-12)
+    expected = -others / (1 + others)
+    assert abs(float(gradient[0, 7]) / expected - 1) < 2**-8
+    assert abs(float(gradient.sum(dtype=torch.float64))) < 2**-7 * -expected
+
+
+def test_a_rank_that_holds_nothing_but_padding_takes_part() -> None:
+    logits, labels = torch.randn(3, 8), torch.tensor([0, 7, IGNORE])
+    whole, lse = cross_entropy(logits, labels, columns_of(LocalLinears(), 8, 8))
+    target = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1) * (labels != IGNORE)
+    other = torch.stack([lse, target])
+    columns = Columns(8, 0, lambda own: torch.stack([other, own]))
+    padding = torch.randn(3, 8)
+    loss, total = cross_entropy(padding, labels, columns)
+    assert torch.equal(loss, whole) and torch.equal(total, lse)
+    assert not become_gradient(padding, labels, columns, loss, total, torch.ones(3)).any()
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept_for_backward() -> None:
@@ -107,7 +134,7 @@ def test_the_weights_gradient_of_many_bfloat16_chunks_adds_up_in_float32() -> No
     hidden = torch.ones(512, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(PADDED, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(512, dtype=torch.int64)
-    loss, _ = chunked_loss(hidden, weight, labels, torch.tensor(1.0), chunk=1, cross_entropy=local)
+    loss, _ = chunked_loss(hidden, weight, labels, torch.tensor(1.0), chunk=1, columns=COLUMNS)
     (dweight,) = torch.autograd.grad(loss, weight)
     assert dweight.dtype == torch.bfloat16
     assert relative(dweight[0], torch.full((WIDTH,), -512 * (1 - 1 / VOCAB))) < 2**-7

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.interfaces import Linears
 from model.layers import scattered
 from model.local import LocalLinears
+from model.loss import IGNORE, Columns, become_gradient, columns_of, cross_entropy
 from parallel.mesh import Mesh, build_mesh
 from parallel.tensor import Cut, MegatronLinears, cut_of, sum_scattered_gradients
 from tests.compare import assert_each, relative
@@ -145,20 +146,26 @@ def cross_entropy_on_a_rank() -> dict[str, float]:
     linears = MegatronLinears(mesh, sequence_parallel=False, dtype=torch.float32)
     whole = 4 * random(ROWS, PADDED, seed=20)
     whole[:, VOCAB:] = 50.0  # padding that would take all probability
-    labels, upstream = torch.tensor([0, 31, 32, 49, 7, 7]), random(ROWS, seed=21)
-    expected_logits = whole.clone().requires_grad_()
-    expected = LocalLinears().cross_entropy(expected_logits, labels, VOCAB)
-    expected.backward(upstream)
-    logits = whole.chunk(2, 1)[mesh.tp_rank].clone().requires_grad_()
-    before = logits.detach().clone()
-    loss = linears.cross_entropy(logits, labels, VOCAB)
-    loss.backward(upstream)
-    assert torch.equal(logits, before)  # megatron-core works in place
+    labels, upstream = torch.tensor([0, 31, 32, 49, 7, IGNORE]), random(ROWS, seed=21)
+    upstream[labels == IGNORE] = 0
+    (expected, expected_gradient), (loss, gradient) = (
+        loss_and_gradient(
+            logits.clone(), labels, upstream, columns_of(each, logits.shape[1], VOCAB)
+        )
+        for each, logits in ((LocalLinears(), whole), (linears, whole.chunk(2, 1)[mesh.tp_rank]))
+    )
     return {
         "loss": relative(loss, expected),
-        "dlogits": relative(logits.grad, expected_logits.grad.chunk(2, 1)[mesh.tp_rank]),
-        "padding": float(logits.grad[:, VOCAB - 32 :].abs().max()) if mesh.tp_rank else 0.0,
+        "dlogits": relative(gradient, expected_gradient.chunk(2, 1)[mesh.tp_rank]),
+        "padding": float(gradient[:, VOCAB - 32 :].abs().max()) if mesh.tp_rank else 0.0,
     }
+
+
+def loss_and_gradient(
+    logits: Tensor, labels: Tensor, weight: Tensor, columns: Columns
+) -> tuple[Tensor, Tensor]:
+    loss, lse = cross_entropy(logits, labels, columns)
+    return loss, become_gradient(logits, labels, columns, loss, lse, weight)
 
 
 @pytest.mark.gloo
