@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from model.config import ComputeConfig, ModelConfig
 from model.interfaces import Linears, Segments
@@ -19,6 +12,7 @@ from model.layers import QKV, RMSNorm, SwiGLU
 from model.memory.base import Initial, Projected, State
 from model.memory.frame import Rows
 from model.memory.mixer import Mixer
+from model.recompute import recomputed
 
 
 class Block(nn.Module):
@@ -36,7 +30,7 @@ class Block(nn.Module):
         self.qkv = QKV(config, linears, mixer.extra)
         self.output = linears.row(config.num_heads * config.head_dim, config.hidden_size)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = SwiGLU(config, linears, compute.ffn_chunk)
+        self.ffn = SwiGLU(config, linears, compute)
         self.mixer = mixer
 
     def forward(
@@ -54,28 +48,13 @@ class Block(nn.Module):
 
     def project(self, x: Tensor) -> Projected:
         """Return queries, keys and values of rows x, not rotated."""
-        return Projected(*self._cheaply(lambda x: self.qkv(self.attention_norm(x)), x))
+        return Projected(*self._from_norm(self.attention_norm, x, self.qkv))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the block's output: rows x, attended [all rows, H, K] -> [rows, D]."""
-
-        def rest(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + self.output(attended.flatten(-2))
-            result: Tensor = x + self.ffn(self.ffn_norm(x))
-            return result
-
-        result: Tensor = self._cheaply(rest, x, attended)
+        x = x + self.output(attended.flatten(-2))
+        result: Tensor = x + self._from_norm(self.ffn_norm, x, self.ffn)
         return result
 
-    def _cheaply(self, run: Any, *args: Tensor) -> Any:
-        """Run, recomputing in backward all but the matrix products if checkpointing=selective."""
-        if not self.selective or not torch.is_grad_enabled():
-            return run(*args)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
-
-
-def _keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    def _from_norm(self, norm: RMSNorm, x: Tensor, use: nn.Module) -> Any:
+        return recomputed(norm, x, use) if self.selective else use(norm(x))

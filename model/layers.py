@@ -8,8 +8,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model.compiled import fused
-from model.config import ModelConfig
+from model.config import ComputeConfig, ModelConfig
 from model.interfaces import Linears
+from model.recompute import recomputed
 
 
 def scattered(parameter: nn.Parameter) -> nn.Parameter:
@@ -88,16 +89,21 @@ class SwiGLU(nn.Module):
     (Liu & Abbeel 2023, Blockwise Parallel Transformer).
     """
 
-    def __init__(self, config: ModelConfig, linears: Linears, chunk: int | None) -> None:
+    def __init__(self, config: ModelConfig, linears: Linears, compute: ComputeConfig) -> None:
         super().__init__()
         # Rows come scattered, and a chunk of them is gathered inside: so many tokens, not rows.
+        chunk = compute.ffn_chunk
         self.chunk = None if chunk is None else -(-chunk // linears.scattered)
+        self.selective = compute.checkpointing == "selective"
         self.gate_up = linears.column(config.hidden_size, 2 * config.ffn_size, stride=2)
         self.down = linears.row(config.ffn_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [rows, D] -> [rows, D]."""
         if self.chunk is None or x.shape[0] <= self.chunk:
+            if self.selective:
+                product: Tensor = recomputed(_gated, self.gate_up(x), self.down)
+                return product
             return self._all(x)
         parts = x.split(self.chunk)
         if not torch.is_grad_enabled():

@@ -48,7 +48,6 @@ class _ChunkedLoss(torch.autograd.Function):
         columns: Columns,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        wide = torch.promote_types(weight.dtype, torch.float32)
         dhidden = torch.empty_like(hidden) if of_hidden else None
         dweight: Tensor | None = None
         losses = []
@@ -57,16 +56,14 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = hidden[rows] @ weight.t()
             loss, lse = cross_entropy(logits, labels[rows], columns)
             losses.append(loss)
-            if not (of_hidden or of_weight):
-                continue
-            valid = labels[rows] != IGNORE
-            dlogits = become_gradient(logits, labels[rows], columns, loss, lse, valid * scale)
+            if of_hidden or of_weight:
+                each = (labels[rows] != IGNORE) * scale
+                become_gradient(logits, labels[rows], columns, loss, lse, each)
             if dhidden is not None:
-                dhidden[rows] = dlogits @ weight
+                dhidden[rows] = logits @ weight
             if of_weight:
-                part = dlogits.t() @ hidden[rows]
-                # Hundreds of chunks add up here: bfloat16 would lose the later ones.
-                dweight = part if hidden.shape[0] <= chunk else _added(dweight, part, wide)
+                dweight = _added(dweight, logits.t() @ hidden[rows], hidden.shape[0] > chunk)
+            del logits  # before the next chunk's are made
         token_losses = torch.cat(losses)
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
@@ -82,8 +79,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(dtype) if total is None else total.add_(part)
+def _added(total: Tensor | None, part: Tensor, more: bool) -> Tensor:
+    """Return the sum; hundreds of chunks add up, and bfloat16 would lose the later ones."""
+    if total is not None:
+        return total.add_(part)
+    return part.to(torch.promote_types(part.dtype, torch.float32)) if more else part
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
@@ -100,8 +100,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, columns: Columns) -> tuple[Ten
 
 def become_gradient(
     logits: Tensor, labels: Tensor, columns: Columns, loss: Tensor, lse: Tensor, weight: Tensor
-) -> Tensor:
-    """Turn logits into the gradient of (loss * weight).sum(), in place, and return them.
+) -> None:
+    """Turn logits into the gradient of (loss * weight).sum(), in place.
 
     loss, lse: what cross_entropy returned; weight [rows], 0 where a label is IGNORE.
     """
@@ -114,7 +114,6 @@ def become_gradient(
         target = torch.where(here, torch.expm1(-loss) * weight, _at(real, column))
         # not scatter_, which on a CPU takes longer than all the rest
         real[torch.arange(len(column), device=column.device), column] = target.to(real.dtype)
-    return logits
 
 
 def _locate(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ class MegatronLinears:
         """Return every rank's x."""
         stacked = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(stacked, x.contiguous(), group=self.group)
-        return stacked.unflatten(0, (self.size, -1))
+        return stacked.view(self.size, *x.shape)
 
 
 def _leave(weight: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.config import ModelConfig, NoMemory
+from model.config import ComputeConfig, ModelConfig, NoMemory
 from model.layers import QKV, RMSNorm, SwiGLU
 from model.local import LocalLinears
 from model.rope import rope_tables, rotate
@@ -104,7 +104,10 @@ def test_qkv_is_three_projections_grouped_by_key_head(heads: int, kv_heads: int)
 @pytest.mark.parametrize("chunk", [None, 1, 4, 6, 100])
 def test_swiglu_is_down_of_silu_gate_times_up(chunk: int | None) -> None:
     config: ModelConfig = config_of(NoMemory())
-    ffn, x = SwiGLU(config, LocalLinears(), chunk).double(), random(6, 16).requires_grad_()
+    ffn, x = (
+        SwiGLU(config, LocalLinears(), ComputeConfig(ffn_chunk=chunk)).double(),
+        random(6, 16).requires_grad_(),
+    )
     gate, up = ffn.gate_up.weight[:24], ffn.gate_up.weight[24:]
     expected = (functional.silu(x @ gate.T) * (x @ up.T)) @ ffn.down.weight.T
     upstream = random(6, 16, seed=1)
@@ -120,7 +123,10 @@ def test_swiglu_is_down_of_silu_gate_times_up(chunk: int | None) -> None:
 
 def test_swiglu_in_chunks_keeps_nothing_of_the_intermediate() -> None:
     config, saved = config_of(NoMemory(), ffn_size=512), []
-    ffn, x = SwiGLU(config, LocalLinears(), 4), torch.randn(32, 16, requires_grad=True)
+    ffn, x = (
+        SwiGLU(config, LocalLinears(), ComputeConfig(ffn_chunk=4)),
+        torch.randn(32, 16, requires_grad=True),
+    )
     weights = {p.data_ptr() for p in ffn.parameters()}
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks:

@@ -123,7 +123,7 @@ def _kept(s: _Sizes, mode: str, config: Config) -> float:
 
     none: each norm its input in float32, the normalised and the scaled rows; q, k (with the window
     v) rotated, beside the projection they were cut from; out and lse; gate and up, silu, product.
-    selective: the layer's input, every product's result, and attention. block: the input.
+    selective: each norm's input, attention, gate and up. block: the layer's input.
     """
     e, x = s.shapes.element, s.outside * s.width
     if mode == "block":
@@ -138,8 +138,7 @@ def _kept(s: _Sizes, mode: str, config: Config) -> float:
     )
     chunked = _ffn_rows(s, config) < s.rows
     if mode == "selective":
-        products = e * s.rows * s.width + (0.0 if chunked else e * s.rows * (2 * s.ffn + s.width))
-        return e * x + attention + products
+        return 2 * e * x + attention + (0.0 if chunked else 2 * e * s.rows * s.ffn)
     norms = 2 * _norm_inside(s) + 2 * e * x
     return norms + attention + _ffn_kept(s, config)
 
@@ -215,7 +214,8 @@ def _loss(s: _Sizes, config: Config) -> float:
     """Return what the last chunk's loss holds: logits in float32 with their gradient, the rest."""
     e, vocab = s.shapes.element, s.model.padded_vocab_size / s.shapes.tp
     chunk = min(config.train.loss_chunk, s.rows)
-    logits = chunk * vocab * (2 * e + 2 * WIDE + (WIDE if s.shapes.tp > 1 else 0))
+    wide = 0 if config.train.compile else WIDE + (WIDE if e < WIDE else 0)
+    logits = chunk * vocab * (e + wide)
     hidden = s.outside * s.width + (s.rows * s.width if s.shapes.scattered > 1 else 0)
     weight = vocab * s.width * WIDE  # its gradient, summed in float32
     return logits + e * hidden + e * s.rows * s.width + weight

@@ -324,8 +324,8 @@ class TrainSection(Section):
     )
     checkpointing: Literal["none", "selective", "block"] = Field(
         default="none",
-        description="Activations to recompute in the backward pass. selective: norms,"
-        " activations and sums, but no product and no attention;"
+        description="Activations to recompute in the backward pass. selective: norms and"
+        " the product of gate and up, but no matrix product and no attention;"
         " block: everything but block inputs, a third more compute for the least memory.",
     )
     loss_chunk: TokenLength = Field(
