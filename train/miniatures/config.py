@@ -53,7 +53,21 @@ class StageSection(Section):
     )
 
 
-class CurriculumStage(StageSection):
+class MasteredStage(StageSection):
+    """A stage that may end once it is learned: seeds need different times."""
+
+    until: Probability | None = Field(
+        default=None,
+        description="Running share of right answers (of pools: of fresh rows) at which the stage ends;"
+        " `steps` are then the most it may take. Left out, it takes them all.",
+    )
+
+    def mastered(self, right: float) -> bool:
+        """Return whether this running share of right answers ends the stage."""
+        return self.until is not None and right >= self.until
+
+
+class CurriculumStage(MasteredStage):
     """Keys further and further back, then (amplify) filler that counts for more and more."""
 
     recipe: Literal["curriculum"] = Field(description="Which recipe: curriculum.")
@@ -74,7 +88,7 @@ class CurriculumStage(StageSection):
     )
 
 
-class PoolStage(StageSection):
+class PoolStage(MasteredStage):
     """States that have read hundreds of blocks already, kept in two pools between steps."""
 
     recipe: Literal["pools"] = Field(description="Which recipe: pools.")

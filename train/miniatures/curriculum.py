@@ -80,6 +80,8 @@ def run_curriculum(learner: Learner, stage: CurriculumStage, say: Say) -> None:
                 f"distance {difficulty.distance}, amplification {difficulty.amplify:.1f},"
                 f" recalled {difficulty.recalled:.2f}"
             )
+        if difficulty.finished and stage.mastered(difficulty.recalled):
+            return
 
 
 def sample(blocks: Blocks, keys: Tensor, places: Tensor, distance: int) -> Tensor:

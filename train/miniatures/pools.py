@@ -144,3 +144,5 @@ def run_pools(learner: Learner, stage: PoolStage, say: Say) -> None:
                 f" mean age {ages.mean().item():.0f}, oldest {oldest:.0f},"
                 f" key-free {pools.free.age.float().mean().item():.0f}"
             )
+        if stage.mastered(fresh):
+            return

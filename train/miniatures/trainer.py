@@ -49,11 +49,11 @@ def run_seed(
     folder.mkdir(parents=True, exist_ok=True)
     trained = _read(folder / TRAINING, _training_part(config))
     if trained is None:
-        model, seconds = train(miniature, seed, say)
+        model, steps, seconds = train(miniature, seed, say)
         save_file(model.state_dict(), folder / WEIGHTS)
         trained = {
             "config": _training_part(config),
-            "steps": sum(stage.steps for stage in miniature.stages),
+            "steps": steps,
             "train_cpu_s": round(seconds, 1),
             "parameters": count_parameters(model.config),  # without the vocabulary's padding
         }
@@ -74,8 +74,8 @@ def result_path(results: Path, name: str, seed: int) -> Path:
     return results / name / f"seed-{seed}.json"
 
 
-def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, float]:
-    """Return the trained model and the CPU seconds it took."""
+def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, int, float]:
+    """Return the trained model, and the steps and CPU seconds it took."""
     learner, began = Learner(miniature, seed), time.process_time()
 
     def told(line: str) -> None:
@@ -89,7 +89,7 @@ def train(miniature: Miniature, seed: int, say: Say) -> tuple[Decoder, float]:
             run_facts(learner, stage, told)
         else:
             run_pools(learner, stage, told)
-    return learner.model, time.process_time() - began
+    return learner.model, learner.steps_done, time.process_time() - began
 
 
 def restored(miniature: Miniature, weights: Path) -> Decoder:
