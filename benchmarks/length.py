@@ -62,7 +62,8 @@ Run = Callable[[], object]
 class Reader:
     """A model that reads one document, and what it knows at each length."""
 
-    def __init__(self, memory: MemoryConfig) -> None:
+    def __init__(self, memory: MemoryConfig, segment: int = SEGMENT) -> None:
+        self.segment = segment
         self.marked = isinstance(memory, LandmarkMemory)
         self.block = memory.block if isinstance(memory, LandmarkMemory) else 0
         config = ModelConfig(
@@ -74,7 +75,7 @@ class Reader:
 
     def batch(self, segments: int, *, start: bool) -> Batch:
         """Return the next tokens; with landmarks, segments are longer by theirs."""
-        ids = torch.randint(0, VOCAB, (1, segments, SEGMENT), generator=self.generator)
+        ids = torch.randint(0, VOCAB, (1, segments, self.segment), generator=self.generator)
         starts = torch.zeros(1, segments, dtype=torch.bool)
         starts[0, 0] = start
         batch = Batch(ids, ids.roll(-1, -1), starts, 0, torch.zeros(1, dtype=torch.int64))

@@ -58,8 +58,8 @@ class MasteredStage(StageSection):
 
     until: Probability | None = Field(
         default=None,
-        description="Running share of right answers (of pools: of fresh rows) at which the stage ends;"
-        " `steps` are then the most it may take. Left out, it takes them all.",
+        description="Running share of right answers (of pools: of fresh rows) at which the stage"
+        " ends; `steps` are then the most it may take. Left out, it takes them all.",
     )
 
     def mastered(self, right: float) -> bool:
