@@ -78,7 +78,8 @@ class Reader:
         ids = torch.randint(0, VOCAB, (1, segments, self.segment), generator=self.generator)
         starts = torch.zeros(1, segments, dtype=torch.bool)
         starts[0, 0] = start
-        batch = Batch(ids, ids.roll(-1, -1), starts, 0, torch.zeros(1, dtype=torch.int64))
+        offsets = torch.zeros(1, segments, dtype=torch.int64)
+        batch = Batch(ids, ids.roll(-1, -1), starts, offsets, first_position=0)
         return insert_landmarks(batch, self.block, VOCAB) if self.marked else batch
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ def cached(lengths: list[int], rounds: int) -> dict[int, float]:
         max_position_embeddings=2 * lengths[-1], attn_implementation="sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    found = {}
+    found: dict[int, float] = {}
     for length in lengths:
         cache = DynamicCache()
         for layer in range(LAYERS):
