@@ -90,12 +90,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, columns: Columns) -> tuple[Ten
     """Return -log p(label) [rows], 0 where it is IGNORE, and the whole vocabulary's lse [rows].
 
     logits [rows, V / ranks], of which those that are `columns`; labels [rows] int64. float32, or
-    float64 for such logits.
+    float64 for such logits. Both are nan where the vocabulary has no such label, and so is the
+    gradient: the step is skipped and its samples are named.
     """
-    lse, target = _read(logits[:, : columns.real], labels - columns.first)
-    parts = columns.parts(torch.stack([lse, target]))
-    lse, target = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
-    return (lse - target).masked_fill(labels == IGNORE, 0.0), lse
+    parts = columns.parts(torch.stack(_read(logits[:, : columns.real], labels - columns.first)))
+    lse, target, found = parts[:, 0].logsumexp(0), parts[:, 1].sum(0), parts[:, 2].sum(0)
+    ignored = labels == IGNORE
+    lse = lse.masked_fill((found == 0) & ~ignored, float("nan"))
+    return (lse - target).masked_fill(ignored, 0.0), lse
 
 
 def become_gradient(
@@ -126,15 +128,15 @@ def _at(logits: Tensor, column: Tensor) -> Tensor:
     return logits.gather(1, column.unsqueeze(1)).squeeze(1)
 
 
-def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return these columns' lse and the logit at the label, 0 where it is not among them."""
+def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return these columns' lse, the logit at the label, and 1; 0, 0 if it is not among them."""
     if logits.shape[1] == 0:
         wide = torch.promote_types(logits.dtype, torch.float32)
         lse = torch.full_like(labels, float("-inf"), dtype=wide)
-        return lse, torch.zeros_like(lse)
+        return lse, torch.zeros_like(lse), torch.zeros_like(lse)
     column, here = _locate(labels, logits.shape[1])
     lse = _log_sum_exp(logits)
-    return lse, _at(logits, column).to(lse.dtype).masked_fill(~here, 0.0)
+    return lse, _at(logits, column).to(lse.dtype).masked_fill(~here, 0.0), here.to(lse.dtype)
 
 
 @fused

@@ -64,6 +64,15 @@ def test_an_ignored_label_has_no_loss_and_no_gradient() -> None:
     assert losses[5:].all()
 
 
+@pytest.mark.parametrize("label", [VOCAB, PADDED, 10**6, -1])
+def test_a_label_that_the_vocabulary_does_not_have_is_not_passed_over(label: int) -> None:
+    hidden, weight, labels = inputs()
+    labels[7] = label
+    loss, losses = run(hidden, weight, labels)
+    assert losses.isnan().nonzero().flatten().tolist() == [7]
+    assert torch.autograd.grad(loss, weight)[0].isnan().any()
+
+
 def test_all_labels_ignored_is_a_loss_of_zero() -> None:
     hidden, weight, labels = inputs()
     loss, _ = run(hidden, weight, torch.full_like(labels, IGNORE))
@@ -114,7 +123,7 @@ def test_a_rank_that_holds_nothing_but_padding_takes_part() -> None:
     logits, labels = torch.randn(3, 8), torch.tensor([0, 7, IGNORE])
     whole, lse = cross_entropy(logits, labels, columns_of(LocalLinears(), 8, 8))
     target = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1) * (labels != IGNORE)
-    other = torch.stack([lse, target])
+    other = torch.stack([lse, target, (labels != IGNORE).float()])
     columns = Columns(8, 0, lambda own: torch.stack([other, own]))
     padding = torch.randn(3, 8)
     loss, total = cross_entropy(padding, labels, columns)
