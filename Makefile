@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL_FILES := $(wildcard slurm/*.sh) .ci/run
 
-.PHONY: help setup quickstart test test-slow test-slurm drill lint types format constraints clean
+.PHONY: help setup quickstart test test-slow test-slurm drill bench lint types format constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test-slurm: $(READY)  ## jobs on a real one-machine SLURM: stopped, preempted, k
 
 drill: $(READY)  ## kill a short run at random moments, damage its checkpoints; docs/reliability.md
 	$(BIN)/python -m tests.drill --output docs/reliability.md $(DRILL_ARGS)
+
+bench: $(READY)  ## every benchmark beside its peers, two hours: runs/benchmarks/report.md
+	$(BIN)/python -m benchmarks
 
 lint: $(READY)  ## style, formatting, import contracts, shell scripts
 	$(BIN)/ruff check .
