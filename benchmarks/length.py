@@ -8,7 +8,7 @@ table. From there, in alternation: the next chunk of 512 tokens with the logits 
 (streaming), and a training window of 4 segments, forward and backward. CPU seconds, medians.
 
 Beside them transformers' LlamaForCausalLM of the same shape, the next chunk with a key-value cache
-of that length (of random numbers).
+of that length (of random numbers), one length after the other, from 262,144 tokens on once.
 """
 
 from __future__ import annotations

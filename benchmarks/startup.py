@@ -104,7 +104,7 @@ def main() -> None:
         torch_alone = int(timed(python(bare))[1])
         print("\n| memory of | MiB |\n| --- | --- |")
         print(f"| torch imported | {torch_alone / 1024:.0f} |")
-        print(f"| an idle rank, a model of 0.1M parameters built | {idle / 1024:.0f} |")
+        print(f"| a rank that has built 0.1M parameters (peak) | {idle / 1024:.0f} |")
 
 
 if __name__ == "__main__":

@@ -48,13 +48,11 @@ class Block(nn.Module):
 
     def project(self, x: Tensor) -> Projected:
         """Return queries, keys and values of rows x, not rotated."""
-        return Projected(*self._from_norm(self.attention_norm, x, self.qkv))
+        if self.selective:
+            return Projected(*recomputed(self.attention_norm, x, self.qkv))
+        return Projected(*self.qkv(self.attention_norm(x)))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the block's output: rows x, attended [all rows, H, K] -> [rows, D]."""
         x = x + self.output(attended.flatten(-2))
-        result: Tensor = x + self._from_norm(self.ffn_norm, x, self.ffn)
-        return result
-
-    def _from_norm(self, norm: RMSNorm, x: Tensor, use: nn.Module) -> Any:
-        return recomputed(norm, x, use) if self.selective else use(norm(x))
+        return x + self.ffn.behind(self.ffn_norm, x)

@@ -38,7 +38,7 @@ def use_compiled(on: bool) -> None:
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """Return function, as one kernel while the switch is on; it must be pure."""
+    """Return function, as one kernel while the switch is on; it may write to arguments alone."""
 
     @functools.cache  # not before it is asked for: the compiler alone takes seconds to import
     def kernel() -> Callable[P, T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -100,15 +102,28 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [rows, D] -> [rows, D]."""
-        if self.chunk is None or x.shape[0] <= self.chunk:
-            if self.selective:
-                product: Tensor = recomputed(_gated, self.gate_up(x), self.down)
-                return product
-            return self._all(x)
+        if self.chunk is not None and x.shape[0] > self.chunk:
+            return self._in_chunks(self._all, x)
+        if self.selective:
+            result: Tensor = recomputed(_gated, self.gate_up(x), self.down)
+            return result
+        return self._all(x)
+
+    def behind(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """Return what forward gives for norm(x), without keeping that, with selective."""
+        if not self.selective:
+            return self.forward(norm(x))
+        if self.chunk is not None and x.shape[0] > self.chunk:
+            return self._in_chunks(lambda part: self._all(norm(part)), x)
+        result: Tensor = recomputed(norm, x, self.forward)
+        return result
+
+    def _in_chunks(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        assert self.chunk is not None
         parts = x.split(self.chunk)
         if not torch.is_grad_enabled():
-            return torch.cat([self._all(part) for part in parts])
-        return torch.cat([checkpoint(self._all, part, use_reentrant=False) for part in parts])
+            return torch.cat([run(part) for part in parts])
+        return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
 
     def _all(self, x: Tensor) -> Tensor:
         result: Tensor = self.down(_gated(self.gate_up(x)))

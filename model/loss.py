@@ -159,6 +159,8 @@ def chunked_loss(
     IGNORE where there is no target (loss 0); scale a 0-dim tensor: 1 / the global number of
     targets. Gradients of hidden are partial where weight is a part: see Linears.enter.
     """
+    if not torch.is_grad_enabled():  # which forward cannot see: it would make them all the same
+        hidden, weight = hidden.detach(), weight.detach()
     loss, token_losses = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, scale, chunk, columns
     )

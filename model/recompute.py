@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(compute: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Any]) -> Any:
-    """Return use(compute(x)), for whose backward only x is kept, and compute(x) made again.
+    """Return use(compute(x)); where `use` keeps compute(x) for backward, x is kept in its place.
 
     compute: elementwise or a norm, cheap beside what `use` does with its result; without
-    randomness. x must not be written to before the backward, which raises RuntimeError if it was.
+    randomness. use: saves the whole of it, by itself; views of it and what a checkpoint or hooks
+    inside `use` hold are kept as ever. x must not be written to before the backward, which raises
+    RuntimeError if it was.
     """
     if not torch.is_grad_enabled():
         return use(compute(x))

@@ -66,6 +66,7 @@ OTHERS = [
     Case(cp=2, windows=2, micro_batches=2, stage=2),
     Case(tensor="TP2+SP", cp=2, stage=3, compute=ComputeConfig("block", 32, 24)),
     Case(tensor="TP2+SP", cp=2, stage=3, compute=ComputeConfig("selective", 32, 24)),
+    Case(tensor="TP2+SP", cp=2, stage=3, memory="fam", compute=ComputeConfig("selective")),
     Case(tensor="TP2+SP", cp=2, stage=3, tied=True),
     Case(tensor="TP2", dp=2, stage=2, tied=True),
     Case(tensor="TP2+SP", dp=2, stage=2, memory="composed", bias=True),

@@ -27,6 +27,11 @@ WORLD, VOCAB = 8, 4096
 TOO_LARGE = ["train.checkpointing=none", "data.sample_len=256k", "train.bptt_len=256k"]
 """For the 8B shape on 80 GB, where block checkpointing would still fit."""
 
+HEAD_IS_WORST = (
+    "model.num_layers=1 model.vocab_size=65536 model.hidden_size=2048 data.sample_len=2k"
+    " train.bptt_len=2k"
+)
+
 SMALL: dict[str, Any] = {
     "name": "small",
     "model": {
@@ -68,6 +73,10 @@ def small(*changes: str, world: int = WORLD) -> Config:
         "model.memory=fam parallel.tp=2 parallel.cp=2 train.checkpointing=block",
         "model.memory=infini parallel.cp=2",
         "model.memory=abc train.checkpointing=selective",
+        "train.checkpointing=selective train.ffn_chunk=512 model.num_layers=8",
+        HEAD_IS_WORST,
+        f"{HEAD_IS_WORST} train.loss_chunk=2k",
+        f"{HEAD_IS_WORST} parallel.tp=2",
         "model.memory=cmab train.checkpointing=block",
         "model.memory=rmt train.checkpointing=block",
         "model.memory=armt",
@@ -77,8 +86,9 @@ def small(*changes: str, world: int = WORLD) -> Config:
 )
 def test_activations_are_within_a_tenth_of_a_dry_run(changes: str) -> None:
     config = small(*changes.split())
-    counted = dry_run(config, WORLD, VOCAB, [0])[0].peak.total
-    model = to_model_config(config, VOCAB)
+    vocab = config.model.vocab_size or VOCAB
+    counted = dry_run(config, WORLD, vocab, [0])[0].peak.total
+    model = to_model_config(config, vocab)
     assert activations(config, model, shapes_of(config, WORLD)).total == pytest.approx(
         counted, rel=0.1
     )

@@ -211,13 +211,14 @@ def _messages(s: _Sizes, config: Config) -> float:
 
 
 def _loss(s: _Sizes, config: Config) -> float:
-    """Return what the last chunk's loss holds: logits in float32 with their gradient, the rest."""
+    """Return what the last chunk's loss holds: logits, the weight's gradient beside its sum."""
     e, vocab = s.shapes.element, s.model.padded_vocab_size / s.shapes.tp
     chunk = min(config.train.loss_chunk, s.rows)
     wide = 0 if config.train.compile else WIDE + (WIDE if e < WIDE else 0)
-    logits = chunk * vocab * (e + wide)
+    part = e * vocab * s.width  # of the weight's gradient: of this chunk, or the whole, rounded
+    logits = chunk * vocab * e + max(chunk * vocab * wide, part)
     hidden = s.outside * s.width + (s.rows * s.width if s.shapes.scattered > 1 else 0)
-    weight = vocab * s.width * WIDE  # its gradient, summed in float32
+    weight = vocab * s.width * WIDE if chunk < s.rows else 0.0  # summed in float32
     return logits + e * hidden + e * s.rows * s.width + weight
 
 
