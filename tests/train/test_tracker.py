@@ -25,7 +25,7 @@ from train.tracking.tracker import NoTracker, Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 # Never waited for in a good run; a loaded machine needs half a minute to import mlflow.
-PATIENCE_S = 120.0
+PATIENCE_S = 180
 
 # Asks MLflow's own client, in one process for all tests: the import costs 5 s of CPU.
 READER = """
