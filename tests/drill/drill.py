@@ -190,7 +190,8 @@ class Round:
             trial, text, began = self._attempt(layout, kill=len(self.trials) < kills)
             self.heard += text
             resumed = re.findall(r"resumed at step (\d+)", text)
-            if resumed or any(row["time"] > began for row in read_rows(self.run_dir)):
+            # Until a step is done a start may not have set aside what it found damaged.
+            if trial is None or any(row["time"] > began for row in read_rows(self.run_dir)):
                 self._judge(int(resumed[0]) if resumed else 0)
             if trial is None:
                 return
@@ -276,7 +277,7 @@ class Round:
     def _prepare(self, trial: Trial) -> None:
         """Look at what a kill left, and damage the newest checkpoint in some trials."""
         if self.open:
-            return  # it came before anything was judged, let alone written
+            return  # it came before any step was done, let alone written
         trial.unfinished = any(self.checkpoints.glob("step-*.tmp"))
         complete = list_checkpoints(self.checkpoints)
         self.failures += [fault for path in complete for fault in what_is_wrong(path)]

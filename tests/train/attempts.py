@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from tests.train.runs import ROOT, write
 from train.settings.config import Config
@@ -136,6 +138,8 @@ def _be_rank(
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        # tqdm's own is shared by everything forked: who is killed with it in hand stops the others
+        tqdm.set_lock(threading.RLock())
         store = dist.FileStore(f"{folder}/store", size)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
