@@ -12,7 +12,9 @@ import hashlib
 import io
 import threading
 import zlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +72,7 @@ class Shards:
         self.manifest = manifest
         self._files = files
         self._shards = list(shards)
-        self._first = np.cumsum([0, *(shard.documents for shard in shards)])
+        self._first = [0, *accumulate(shard.documents for shard in shards)]
         self._dtype = np.dtype(manifest.dtype)
         self._on_damage = on_damage
         self._damage = damage
@@ -81,7 +83,7 @@ class Shards:
         dropped = [shard.name for shard in manifest.shards if shard.name not in kept]
         identity = "\n".join([manifest.to_json(), *dropped])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self.documents = int(self._first[-1])
+        self.documents = self._first[-1]
         self.tokens = sum(shard.tokens for shard in shards)
         self.vocab_size = manifest.vocab_size
         self.tokenizer_sha256 = manifest.tokenizer_sha256
@@ -93,7 +95,7 @@ class Shards:
 
     def first(self, number: int) -> int:
         """Return the number of a shard's first document."""
-        return int(self._first[number])
+        return self._first[number]
 
     def length(self, document: int) -> int:
         """Return the tokens of a document."""
@@ -161,8 +163,8 @@ class Shards:
 
     def _row(self, document: int) -> tuple[Table, int]:
         """Return the table that lists a document, and where."""
-        number = int(np.searchsorted(self._first, document, side="right")) - 1
-        return self.table(number), document - int(self._first[number])
+        number = bisect_right(self._first, document) - 1
+        return self.table(number), document - self._first[number]
 
     def _find_fault(self, document: int) -> str | None:
         table, row = self._row(document)

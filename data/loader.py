@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.documents import Documents
-from data.streams import IGNORE, Batch, Run, Segment, Streams
+from data.streams import IGNORE, Batch, Run, Streams, Stretch
 
 # Steps read ahead for each worker: one in the making and one ready.
 _AHEAD = 2
@@ -193,21 +193,17 @@ def assemble(corpus: Documents, streams: Streams, position: int, rows: int) -> B
     offsets = np.zeros(shape[:2], dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int64) if streams.packs else None
     for row in range(rows):
-        sample = streams.sample(position + row)
-        for n, segment in enumerate(sample):
-            if segment is not None:
-                starts[row, n] = segment.starts
-                offsets[row, n] = segment.start
-        for first, last, run in _runs(sample):
-            _fill(
-                corpus,
-                run,
-                tokens[row, first:last].reshape(-1),
-                labels[row, first:last].reshape(-1),
-            )
-        for n, segment in enumerate(sample):
-            if documents is not None and segment is not None and segment.behind:
-                _fill_behind(corpus, segment, tokens[row, n], labels[row, n], documents[row, n])
+        last = 0
+        for stretch in streams.stretches(position + row):
+            first, last = stretch.first, stretch.first + stretch.segments
+            starts[row, first:last] = False
+            starts[row, first] = stretch.starts
+            offsets[row, first:last] = np.arange(stretch.start, stretch.stop, streams.segment_len)
+            at = tokens[row, first:last].reshape(-1), labels[row, first:last].reshape(-1)
+            _fill(corpus, stretch, *at)
+            if documents is not None and stretch.behind:
+                _fill_behind(corpus, stretch, *at, documents[row, first:last].reshape(-1))
+        tokens[row, last:], labels[row, last:] = corpus.end_of_document, IGNORE
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -218,32 +214,16 @@ def assemble(corpus: Documents, streams: Streams, position: int, rows: int) -> B
     )
 
 
-def _runs(sample: list[Segment | None]) -> Iterator[tuple[int, int, Segment | None]]:
-    # Neighbouring segments of one document are one read: only a document's last segment is
-    # shorter than S, so the tokens of a run lie side by side in the row as well.
-    first = 0
-    while first < len(sample):
-        run, last = sample[first], first + 1
-        while run and last < len(sample):
-            segment = sample[last]
-            if not segment or segment.document != run.document or segment.start != run.stop:
-                break
-            run = run._replace(stop=segment.stop)
-            last += 1
-        yield first, last, run
-        first = last
-
-
 def _fill_behind(
     corpus: Documents,
-    segment: Segment,
+    stretch: Stretch,
     tokens: NDArray[np.int64],
     labels: NDArray[np.int64],
     documents: NDArray[np.int64],
 ) -> None:
-    """Write the documents behind a segment's first one, each up to the segment's end."""
-    place = segment.stop - segment.start
-    for number, run in enumerate(segment.behind, 1):
+    """Write the documents behind a stretch, each up to the end of its last segment."""
+    place = stretch.stop - stretch.start
+    for number, run in enumerate(stretch.behind, 1):
         _fill(corpus, run, tokens[place:], labels[place:])
         documents[place:] = number
         place += run.stop
@@ -251,13 +231,14 @@ def _fill_behind(
 
 def _fill(
     corpus: Documents,
-    run: Segment | Run | None,
+    run: Stretch | Run,
     tokens: NDArray[np.int64],
     labels: NDArray[np.int64],
 ) -> None:
+    """Write tokens [start, stop) of a document and what follows each; padding behind them."""
     num_tokens = num_labels = 0
     # A damaged document is skipped and named by the corpus; padding keeps its place.
-    if run is not None and corpus.intact(run.document):
+    if corpus.intact(run.document):
         after = min(run.stop + 1, corpus.length(run.document))
         content = corpus.read_stored(run.document, run.start, after)
         num_tokens, num_labels = run.stop - run.start, after - run.start - 1

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 from typing import NamedTuple
-
-import numpy as np
 
 from data.index import Corpus, Shards
 from data.order import Order, Part
@@ -74,8 +74,8 @@ class Mixture:
                     " the weight of both"
                 )
         self._corpora = [part.corpus for part in self.components]
-        self._first = np.cumsum([0, *(corpus.documents for corpus in self._corpora)])
-        self.documents = int(self._first[-1])
+        self._first = [0, *accumulate(corpus.documents for corpus in self._corpora)]
+        self.documents = self._first[-1]
         self.vocab_size = first.corpus.vocab_size
         self.tokenizer_sha256 = first.corpus.tokenizer_sha256
         self.end_of_document = first.corpus.end_of_document
@@ -128,8 +128,8 @@ class Mixture:
         return corpus.read_stored(number, start, stop)
 
     def _find(self, document: int) -> tuple[Shards, int]:
-        part = int(np.searchsorted(self._first, document, side="right")) - 1
-        return self._corpora[part], document - int(self._first[part])
+        part = bisect_right(self._first, document) - 1
+        return self._corpora[part], document - self._first[part]
 
 
 def _require_same_tokenizer(one: Component, two: Component) -> None:

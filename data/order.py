@@ -43,7 +43,7 @@ class Window(NamedTuple):
 
     def place(self, segment: int) -> int:
         """Return the place that holds a segment of this window."""
-        return int(np.searchsorted(self.ends, segment, side="right"))
+        return int(self.ends.searchsorted(segment, side="right"))
 
     def within(self, place: int, segment: int) -> tuple[int, bool]:
         """Return which segment of its document a place's is, and whether it is the place's first.

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.order import Order, Part
 from data.passes import Everything, Int64Array, count_segments
-from data.streams import Run, Segment, Streams
+from data.streams import Run, Streams, Stretch
 
 NEIGHBOURS = 1024
 """Documents that are packed with one another: few, so that a pack is read from one or two shards.
@@ -140,24 +140,21 @@ class PackedStreams(Streams):
         order = Order([part], seed=seed, segment_len=segment_len)
         self._begin(order, lanes, segments, longest=int(source.whole.max()))
 
-    def sample(self, position: int) -> list[Segment | None]:
-        """Return the N segments of this sample; None is an empty (padding) segment."""
-        return [
-            None if segment is None else self._with_others(segment)
-            for segment in super().sample(position)
-        ]
+    def stretches(self, position: int) -> list[Stretch]:
+        """Return what this sample holds, as `Streams.stretches` does, and what is packed behind."""
+        return [self._with_others(stretch) for stretch in super().stretches(position)]
 
-    def _with_others(self, segment: Segment) -> Segment:
-        """Return a segment with the documents behind its first one, where that ends in it."""
-        part, number = self.order.locate(segment.document)
+    def _with_others(self, stretch: Stretch) -> Stretch:
+        """Return a stretch with the documents behind its own, where that ends in it."""
+        part, number = self.order.locate(stretch.document)
         source = self.order.parts[part].source
         assert isinstance(source, PackedSource)
-        if segment.stop < source.length(number):
-            return segment
-        first = segment.document - number  # of the part's documents, in a mixture
+        if stretch.stop < source.length(number):
+            return stretch
+        first = stretch.document - number  # of the part's documents, in a mixture
         others = source.behind(number)
         behind = zip(others.tolist(), source.whole[others].tolist(), strict=True)
-        return segment._replace(
+        return stretch._replace(
             behind=tuple(Run(first + other, 0, length) for other, length in behind)
         )
 

@@ -8,6 +8,7 @@ has a past to carry, and a sample is a pure function of (seed, epoch, position) 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.order import Order
@@ -62,6 +63,22 @@ class Segment(NamedTuple):
     behind: tuple[Run, ...] = ()
 
 
+class Stretch(NamedTuple):
+    """Segments first, first + 1, ... of a sample: tokens [start, stop) of one document.
+
+    All are full but the last one of a document. starts: the memory resets before the first.
+    behind: whole documents in the last segment after it, where segments are packed.
+    """
+
+    first: int
+    segments: int
+    document: int
+    start: int
+    stop: int
+    starts: bool
+    behind: tuple[Run, ...] = ()
+
+
 class Streams:
     """The order of a run: `sample(position)` for every position from 0 on.
 
@@ -99,8 +116,11 @@ class Streams:
         self.longest = longest  # tokens of the longest document, where that is known
         self._read_lanes: set[int] = set()
 
-    def sample(self, position: int) -> list[Segment | None]:
-        """Return the N segments of this sample; None is an empty (padding) segment."""
+    def stretches(self, position: int) -> list[Stretch]:
+        """Return what this sample holds, in order from its first segment on; the rest is padding.
+
+        A stretch for each document of it: long documents cost no more than short ones.
+        """
         if position < 0:
             raise ValueError(f"position={position} must not be negative; a run starts at 0")
         step, lane = divmod(position, self.lanes)
@@ -111,17 +131,33 @@ class Streams:
         if lane not in self._read_lanes:
             self._read_lanes.add(lane)
             self.order.hold(len(self._read_lanes))
-        found: list[Segment | None] = []
+        found: list[Stretch] = []
         window, place = None, 0
-        for index in range(first, min(first + self.segments, end)):
+        index, after = first, min(first + self.segments, end)
+        while index < after:
             if window is None or index >= window.stop:
                 window = self.order.window(epoch, index)
                 place = window.place(index)
-            while window.ends[place] <= index:
+            while window.ends[place] <= index:  # a document may have no segment of its own
                 place += 1
             document = int(window.documents[place])
             within, is_first = window.within(place, index)
+            count = min(int(window.ends[place]), after) - index
             start = within * self.segment_len
-            stop = min(start + self.segment_len, self.order.length(document))
-            found.append(Segment(document, start, stop, is_first or index == begin))
+            stop = min(start + count * self.segment_len, self.order.length(document))
+            starts = is_first or index == begin
+            found.append(Stretch(index - first, count, document, start, stop, starts))
+            index += count
+        return found
+
+    def sample(self, position: int) -> list[Segment | None]:
+        """Return the N segments of this sample; None is an empty (padding) segment."""
+        found: list[Segment | None] = []
+        for stretch in self.stretches(position):
+            ends = range(stretch.start + self.segment_len, stretch.stop, self.segment_len)
+            cuts = [stretch.start, *ends, stretch.stop]
+            for start, stop in pairwise(cuts):
+                starts = stretch.starts and start == stretch.start
+                behind = stretch.behind if stop == stretch.stop else ()
+                found.append(Segment(stretch.document, start, stop, starts, behind))
         return found + [None] * (self.segments - len(found))
