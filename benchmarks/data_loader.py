@@ -1,8 +1,9 @@
-"""The loader against plain webdataset on the same shards, and prepare: one markdown table.
+"""The loader against plain webdataset and a numpy memory map on the same tokens, and prepare.
 
 Run from the repository root: python benchmarks/data_loader.py
-CPU seconds of one core (process time), medians of 5 alternating passes over all tokens; for
-prepare one pass, CPU seconds of all its processes and wall time.
+CPU seconds of one core (process time), medians of 5 alternating passes over all tokens; what a
+resumed run waits for its first step, wall time; for prepare one pass, CPU seconds of all its
+processes and wall time. Prints markdown tables.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from data.inputs import documents
 from data.loader import load
 from data.prepare import prepare
 from data.shards import write_corpus
-from data.streams import Streams
+from data.streams import IGNORE, Streams
 from data.tokenizer import ByteTokenizer, Tokenizer, train_tokenizer
 
 DOCUMENTS, DOCUMENT_LEN, PASSES = 1024, 32768, 5
@@ -35,17 +36,52 @@ def write_shards(folder: Path) -> Corpus:
     return Corpus.open(folder)
 
 
-def read_webdataset(corpus: Corpus) -> int:
-    """Read every document as an int64 tensor, as a user of webdataset would."""
+def read_webdataset(corpus: Corpus, step: int | None = None) -> int:
+    """Read every document as an int64 tensor, as a user of webdataset would.
+
+    step: so many documents are kept together, with labels, as one step of a training takes them.
+    """
     import torch  # not above: the workers of prepare import this file again
     import webdataset as wds
 
     shards = [str(corpus.folder / shard.name) for shard in corpus.manifest.shards]
-    tokens = 0
+    tokens, batch = 0, []
     for sample in wds.WebDataset(shards, shardshuffle=False, empty_check=False):
         stored = np.frombuffer(sample["tokens.bin"], dtype="<u2")
-        tokens += torch.from_numpy(stored.astype(np.int64)).numel()
+        read = torch.from_numpy(stored.astype(np.int64))
+        tokens += read.numel()
+        if step is None:
+            continue
+        labels = torch.empty_like(read)
+        labels[:-1], labels[-1] = read[1:], IGNORE
+        batch.append((read, labels))
+        if len(batch) == step:
+            batch = []
     return tokens
+
+
+def read_memory_map(path: Path) -> int:
+    """Read a file of nothing but tokens in shuffled windows of a document's length, as int64."""
+    import torch
+
+    stored = np.memmap(path, dtype="<u2", mode="r").reshape(-1, DOCUMENT_LEN)
+    order = np.random.default_rng(0).permutation(len(stored))
+    return sum(torch.from_numpy(stored[place].astype(np.int64)).numel() for place in order)
+
+
+def resume(corpus: Corpus, workers: int) -> float:
+    """Return the ms from opening the corpus to the first step of a run in its third epoch."""
+    begin = time.perf_counter()
+    opened = Corpus.open(corpus.folder)
+    streams = Streams(opened.lengths, seed=0, lanes=8, segment_len=2048, segments=16)
+    position = 8 * (2 * streams.steps_per_epoch + streams.steps_per_epoch // 2)
+    steps = load(
+        opened, streams, position=position, dp_rank=0, dp_size=1, micro_batch=1, workers=workers
+    )
+    next(steps)
+    taken = time.perf_counter() - begin
+    steps.close()
+    return taken * 1000
 
 
 def read_loader(
@@ -78,9 +114,16 @@ def read_loader(
 def measure_loaders(folder: Path) -> None:
     """Print Mtok/s per core for each way to read the same shards."""
     corpus = write_shards(folder)
+    every = range(corpus.documents)
+    flat = folder.with_name("tokens.bin")
+    flat.write_bytes(b"".join(corpus.read_stored(n, 0, DOCUMENT_LEN).tobytes() for n in every))
     ways = {
         "webdataset, documents as int64 (no labels, fixed order, no crc)": lambda: read_webdataset(
             corpus
+        ),
+        "webdataset, the same with labels, 8 documents a step": lambda: read_webdataset(corpus, 8),
+        "numpy memory map, windows of 32k as int64 (no labels, documents or crc)": lambda: (
+            read_memory_map(flat)
         ),
         "longhaul, S=2048 N=16, first epoch (crc32)": read_loader(corpus, 2048, 16, fresh=True),
         "longhaul, S=2048 N=16, later epochs": read_loader(corpus, 2048, 16, fresh=False),
@@ -90,6 +133,9 @@ def measure_loaders(folder: Path) -> None:
         ),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
+    # Freed once, it stops glibc from handing every few hundred kB back to the kernel: in a training
+    # process the first activations do so.
+    np.empty(31 << 20, dtype=np.uint8)
     for read in ways.values():
         read()
     for _ in range(PASSES):
@@ -101,6 +147,10 @@ def measure_loaders(folder: Path) -> None:
     print("|---|---|")
     for name, found in speeds.items():
         print(f"| {name} | {statistics.median(found):.0f} |")
+    print("\n| first step of a resumed run: 8 x 32k tokens | ms |\n|---|---|")
+    for workers in (0, 1):
+        found = [resume(corpus, workers) for _ in range(PASSES)]
+        print(f"| {workers} threads | {statistics.median(found):.0f} |")
 
 
 def measure_prepare(folder: Path) -> None:
