@@ -52,11 +52,11 @@ def hanging_on_the_last() -> None:
 
 
 def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TIMEOUT_S", 2)
+    monkeypatch.setattr(ranks, "TIMEOUT_S", 6)
     began = time.monotonic()
     with pytest.raises(RankFailure, match=r"ranks \[1\] did not answer"):
         run_ranks(2, hanging_on_the_last)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def lost() -> None:

@@ -249,7 +249,7 @@ def test_workers_read_ahead(corpus: Corpus) -> None:
         workers=1,
     )
     next(steps)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     # One step of six lanes takes at least six reads: more means the next steps are begun.
     while len(touched) <= 18 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -215,7 +215,7 @@ def test_kill_9_leaves_no_worker_behind(large: Path, tmp_path: Path) -> None:
     workers = children_of(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(workers) >= 2 and not any(map(is_running, workers))

@@ -68,7 +68,7 @@ class Storage:
     def _serve(self, mount: Path) -> None:
         server = subprocess.Popen(["bindfs", "-f", self._behind, mount])
         self._servers.append(server)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         while not os.path.ismount(mount):
             assert server.poll() is None and time.monotonic() < until, "bindfs did not mount"
             time.sleep(0.02)
