@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankFailure, run_ranks
 from train.checking import ranks
+from train.checking.ranks import RankFailure, run_alone, run_ranks
 
 pytestmark = pytest.mark.gloo
 
@@ -52,7 +52,7 @@ def hanging_on_the_last() -> None:
 
 
 def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TIMEOUT_S", 6)
+    monkeypatch.setattr(ranks, "TIMEOUT_S", 10)
     began = time.monotonic()
     with pytest.raises(RankFailure, match=r"ranks \[1\] did not answer"):
         run_ranks(2, hanging_on_the_last)
@@ -60,10 +60,21 @@ def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lost() -> None:
-    os._exit(1)
+    os._exit(7)
 
 
-def test_ranks_that_vanish_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TIMEOUT_S", 2)
-    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not answer"):
-        run_ranks(2, lost)
+def test_a_rank_that_vanishes_is_named_at_once() -> None:
+    with pytest.raises(RankFailure, match=r"ranks \[0\] ended without an answer, exit codes \[7\]"):
+        run_alone(lost)
+
+
+def lost_on_the_last() -> None:
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def test_a_rank_that_vanishes_is_named_before_what_its_peers_say() -> None:
+    with pytest.raises(RankFailure, match=r"^ranks \[1\] ended without an answer"):
+        run_ranks(2, lost_on_the_last)

@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 TIMEOUT_S = 120
 """Of one whole run; a collective that hangs fails after half of it."""
+_LOOK_S = 0.2
+"""Between two looks at whether the ranks that have not answered are alive."""
 
 
 class RankFailure(RuntimeError):
@@ -53,16 +56,23 @@ def _run(size: int, group: bool, function: Callable[..., Any], args: Any) -> lis
         results: dict[int, Any] = {}
         errors: list[str] = []
         pipe = queue._reader  # type: ignore[attr-defined]
-        while len(results) + len(errors) < size:
-            if not pipe.poll(TIMEOUT_S):
-                errors.append(f"ranks {sorted(set(range(size)) - set(results))} did not answer")
-                break
-            rank, ok, value = queue.get()
-            if ok:
-                results[rank] = torch.load(io.BytesIO(value), weights_only=False)
-            else:
-                errors.append(f"rank {rank}:\n{value}")
-                break  # its peers wait in a collective
+        until = time.monotonic() + TIMEOUT_S
+        while len(results) < size and not errors:
+            silent = {rank: processes[rank] for rank in range(size) if rank not in results}
+            lost = _ended(silent)
+            if pipe.poll(0 if lost else _LOOK_S):  # what a rank said, it said before its end
+                rank, ok, value = queue.get()
+                if ok:
+                    results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+                    continue
+                del silent[rank]  # its peers wait in a collective, or it lost one of them
+                time.sleep(_LOOK_S)
+                lost, errors = _ended(silent), [f"rank {rank}:\n{value}"]
+            elif not lost and time.monotonic() > until:
+                errors.append(f"ranks {sorted(silent)} did not answer in {TIMEOUT_S} s")
+            if lost:
+                codes = [processes[rank].exitcode for rank in lost]
+                errors.insert(0, f"ranks {lost} ended without an answer, exit codes {codes}")
         for process in processes:
             process.join(1 if errors else TIMEOUT_S)
             if process.is_alive():
@@ -71,6 +81,11 @@ def _run(size: int, group: bool, function: Callable[..., Any], args: Any) -> lis
     if errors:
         raise RankFailure("\n".join(errors))
     return [results[rank] for rank in range(size)]
+
+
+def _ended(processes: dict[int, Any]) -> list[int]:
+    """Return the ranks that were ended: one that ends by itself has answered, and exits with 0."""
+    return [rank for rank, process in processes.items() if process.exitcode]
 
 
 def _rank(
