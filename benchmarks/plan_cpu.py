@@ -64,11 +64,12 @@ def measure(name: str) -> None:
 
     torch.set_num_threads(1)
     from parallel.mesh import build_mesh, start_processes
+    from parallel.zero import load_deepspeed
     from train.build import build, to_model_config
     from train.quiet import quieten_libraries
 
     quieten_libraries()
-    import deepspeed  # noqa: F401  (its libraries are no part of the model)
+    load_deepspeed("cpu")  # its libraries are no part of the model
 
     config = config_of(name)
     start_processes()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,24 @@ from torch.nn import functional
 
 from parallel.engine import Fragment
 from parallel.mesh import Mesh
+
+
+def load_deepspeed(device: str) -> Any:
+    """Return the module DeepSpeed, for device "cpu" or "cuda", imported without mlflow.
+
+    Its autotuner, which nobody runs here, imports mlflow where that is installed: with pandas and
+    scipy 0.1 GiB and seconds on every rank. See train/tracking/shipper.py for who does use it.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an ImportError, which it expects
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 class Groups:
@@ -253,8 +272,7 @@ def _start(
     mesh: Mesh,
     config: dict[str, Any],
 ) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
-    import deepspeed
+    deepspeed = load_deepspeed(mesh.device.type)
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
 

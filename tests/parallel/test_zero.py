@@ -1,5 +1,7 @@
 """The engine: who holds which share, restoring it, accumulating, refusing what is not finite."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -309,3 +311,16 @@ def test_the_norm_is_of_the_sum_over_ranks_before_clipping(stage: int, bf16: boo
     assert expected > 10 * 0.5  # the clip
     tolerance = 2**-6 if bf16 else 1e-6
     assert on_ranks(norm_of_step, stage, bf16) == [pytest.approx(expected, rel=tolerance)] * 2
+
+
+def test_a_rank_does_not_import_mlflow_for_deepspeeds_autotuner() -> None:
+    # a process of its own: other tests import mlflow
+    code = """
+import importlib.util, sys
+from parallel.zero import load_deepspeed
+assert load_deepspeed("cpu").__name__ == "deepspeed"
+assert not {"mlflow", "pyarrow", "scipy"} & set(sys.modules), "imported all the same"
+assert importlib.util.find_spec("mlflow") is not None, "still hidden"
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -155,12 +155,13 @@ def _be_rank(
 
 def _warm() -> None:
     """Import what every rank needs once, before the fork; one thread, so that a fork is safe."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
-    import deepspeed  # noqa: F401
     import megatron.core.tensor_parallel  # noqa: F401
 
     import train.pretrain  # noqa: F401
+    from parallel.zero import load_deepspeed
+
+    load_deepspeed("cpu")
 
 
 def pretrain(config: Config, fork: str | None = None) -> int:

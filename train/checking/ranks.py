@@ -123,10 +123,11 @@ def _join(rank: int, size: int, store: str) -> None:
 
 def _warm() -> None:
     """Import what every rank needs once, before the fork; one thread, so that a fork is safe."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
-    import deepspeed  # noqa: F401
     import megatron.core.tensor_parallel  # noqa: F401
     from torch import testing
 
+    from parallel.zero import load_deepspeed
+
+    load_deepspeed("cpu")
     testing.assert_close(torch.zeros(1), torch.zeros(1))
