@@ -4,8 +4,9 @@
     python benchmarks/step.py --peak ours|hf|hf-ckpt ...      one of them alone: its peak memory
 
 8 layers of width 512, 8 query and 4 key heads, FFN 1408, vocabulary 32000, one thread, the same
-fused AdamW. Tokens per CPU second of the process, medians of alternating rounds: what else runs on
-the machine takes wall time and no CPU time of ours (it still takes caches and bandwidth).
+fused AdamW. Each way is a process of its own. Tokens per CPU second, medians of alternating rounds:
+what else runs on the machine takes wall time and no CPU time of ours (it still takes caches and
+bandwidth). "-heap" is a peer in a process whose memory is managed as ours is (parallel/heap.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 
 from data.streams import Batch
+from parallel.heap import settle_heap
 from parallel.mesh import build_mesh, start_processes
 from train.build import build, to_model_config
 from train.loop import TrainState, train_steps
@@ -122,19 +126,44 @@ WAYS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "hf-compiled": lambda options: hugging_face(options, compiled=True),
     "hf-ckpt": lambda options: hugging_face(options, checkpointing=True),
 }
+HEAP = "-heap"
 
 
-def alternate(ways: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Return CPU seconds of each step; the first two of each are not counted."""
-    for step in ways.values():
+def prepare(name: str, options: argparse.Namespace) -> Step:
+    """Return a way's step, in the process that is to do it."""
+    if name.endswith(HEAP):
+        settle_heap()
+    if name == "ours":
+        start_processes(timedelta(minutes=10))
+    return WAYS[name.removesuffix(HEAP)](options)
+
+
+def serve(step: Step) -> None:
+    """Do a step for each line read, and answer with its CPU seconds."""
+    for _ in sys.stdin:
+        began = time.process_time()
         step()
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, step in ways.items():
-            began = time.process_time()
-            step()
-            seconds[name].append(time.process_time() - began)
+        print(time.process_time() - began, flush=True)
+
+
+def alternate(names: list[str], rounds: int) -> dict[str, list[float]]:
+    """Return CPU seconds of each way's steps; the first two of each are not counted."""
+    command = [sys.executable, *sys.argv]
+    ways = {
+        name: subprocess.Popen(
+            [*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in names
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(2 + rounds):
+        for name, process in ways.items():
+            assert process.stdin is not None and process.stdout is not None
+            print(file=process.stdin, flush=True)
+            found = float(process.stdout.readline())
+            seconds[name] += [found] if number >= 2 else []
+    for process in ways.values():
+        process.communicate()
     return seconds
 
 
@@ -162,21 +191,24 @@ def main() -> None:
     parser.add_argument("--ffn-chunk", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", default="hf,hf-compiled")
-    parser.add_argument("--peak", choices=list(WAYS))
+    parser.add_argument("--peers", default="hf,hf-compiled,hf-compiled-heap")
+    every = [*WAYS, *(f"{name}{HEAP}" for name in WAYS)]
+    parser.add_argument("--peak", choices=every)
+    parser.add_argument("--serve", choices=every, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start_processes(timedelta(minutes=10))
+    if options.serve:
+        serve(prepare(options.serve, options))
+        return
     if options.peak:
-        step = WAYS[options.peak](options)
+        step = prepare(options.peak, options)
         for _ in range(3):
             step()
         print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
         return
     names = ["ours", *options.peers.split(",")]
-    ways = {name: WAYS[name](options) for name in names}
-    seconds = {name: statistics.median(s) for name, s in alternate(ways, options.rounds).items()}
-    best = min(seconds[name] for name in names[1:])
+    seconds = {name: statistics.median(s) for name, s in alternate(names, options.rounds).items()}
+    best = min(seconds[name] for name in names[1:] if not name.endswith(HEAP))
     print(
         f"{options.tokens} tokens, {options.precision}, peak {matmul_peak(options.precision):.3g}"
     )

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from parallel.heap import settle_heap
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -61,6 +63,8 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
     backend = "nccl" if torch.cuda.device_count() >= local_ranks else "gloo"
     if backend == "nccl":  # before the first message, or all ranks of a node would use one GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        settle_heap()
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
