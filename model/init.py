@@ -2,8 +2,8 @@
 
 Normal(0, init_std) for embeddings, linear maps and the memory prompt; maps that end on the residual
 stream (attention output, FFN down) have their std divided by sqrt(2 * num_layers), as in GPT-2;
-norms and gains start at 1, biases at 0. Adapters begin as no change: A normal with the variance of
-Hu et al.'s code, 1 / (3 * inputs), B at 0.
+norms and gains start at 1, biases at 0, and so does what armt's matrices hold. Adapters begin as no
+change: A normal with the variance of Hu et al.'s code, 1 / (3 * inputs), B at 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model.config import (
     RmtMemory,
 )
 
-RESIDUAL = ("output.weight", "ffn.down.weight", "mixer.value.weight")
+RESIDUAL = ("output.weight", "ffn.down.weight")
 """Endings, inside a block, of maps that end on the residual stream."""
 
 Shape = Callable[[nn.Parameter], torch.Size]

@@ -75,8 +75,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # In place: they are nobody else's, and torch refuses a second backward over them.
-        # Times 1 is left out where looking costs nothing: a pass over the output matrix.
-        unchanged = dloss.device.type == "cpu" and dloss.item() == 1
+        # Times 1 is left out where looking costs nothing: a pass over the output matrix. (A dry
+        # run's tensors are no plain ones, and hold nothing to look at.)
+        unchanged = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1
         grads = (d if d is None or unchanged else d.mul_(dloss) for d in ctx.saved_tensors)
         return *grads, None, None, None, None
 

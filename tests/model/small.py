@@ -55,13 +55,17 @@ def build(
     """Return an initialised model on one device."""
     model = Decoder(config, compute=compute).to(dtype)
     initialise(model, config, seed)
-    # Norms and gains start at 1, where a forgotten weight would not show.
+    stir(model, seed)
+    return model
+
+
+def stir(model: Decoder, seed: int = 0) -> None:
+    """Move what starts at 1 or 0, where a forgotten weight would not show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or hasattr(parameter, "initial_value"):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def batch_of(batch: int, count: int, length: int, seed: int = 0) -> Batch:

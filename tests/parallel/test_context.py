@@ -19,6 +19,7 @@ from model.memory.base import detach, named_tensors
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout, take_slice
 from tests.compare import assert_each
+from tests.model.small import stir
 from tests.parallel.cases import MEMORIES, Case, config_of, subject_of
 from tests.ranks import run_ranks
 from train.checking.batches import make_batches
@@ -30,6 +31,7 @@ def two_steps(name: str, sequence: FoldedSequence | None, layout: Any) -> dict[s
     config = config_of(Case(memory=name))
     model = Decoder(config, sequence=sequence).double()
     initialise(model, config, seed=0)
+    stir(model)
     found, state = {}, None
     for step, batch in enumerate(make_batches(subject_of(Case(memory=name)).config)[:2]):
         tokens, starts, labels = batch.tokens, batch.starts, batch.labels
