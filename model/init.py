@@ -2,8 +2,8 @@
 
 Normal(0, init_std) for embeddings, linear maps and the memory prompt; maps that end on the residual
 stream (attention output, FFN down) have their std divided by sqrt(2 * num_layers), as in GPT-2;
-norms and gains start at 1, biases at 0, and so does what armt's matrices hold. Adapters begin as no
-change: A normal with the variance of Hu et al.'s code, 1 / (3 * inputs), B at 0.
+norms and gains start at 1, biases at 0. Adapters begin as no change: A normal with the variance of
+Hu et al.'s code, 1 / (3 * inputs), B at 0.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ from model.config import (
     RmtMemory,
 )
 
-RESIDUAL = ("output.weight", "ffn.down.weight")
+RESIDUAL = ("output.weight", "ffn.down.weight", "mixer.value.weight")
 """Endings, inside a block, of maps that end on the residual stream."""
+
+VALUES = "mixer.value.weight"
+"""Of armt's map from a normalised row to what its matrix holds, which is read onto the stream as it
+is. At other maps' size it would be sqrt(hidden_size) times an embedding, and drown it."""
 
 Shape = Callable[[nn.Parameter], torch.Size]
 Take = Callable[[nn.Parameter, Tensor], Tensor]
@@ -68,6 +72,8 @@ def initial_value(
     std = config.init_std
     if name.startswith("blocks.") and name.endswith(RESIDUAL):
         std /= math.sqrt(2 * config.num_layers)
+    if name.endswith(VALUES):
+        std /= math.sqrt(config.hidden_size)
     if name.endswith(lora.A):
         std = 1 / math.sqrt(3 * shape[1])
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model.config import ArmtMemory, ModelConfig
 from model.interfaces import Linears, Segments
-from model.layers import normalise, scattered, starts_at
+from model.layers import normalise, scattered
 from model.memory.base import Block, Initial
 from model.memory.frame import Frame, Rows
 from model.memory.in_turn import InTurn, Stack
@@ -63,9 +63,6 @@ class ArmtMixer(Mixer):
 
         self.query, self.key = map_to(memory.key_dim), map_to(memory.key_dim)
         self.value, self.strength = map_to(config.hidden_size), map_to(1)
-        # A matrix of nothing until it has learned: what a random one adds would drown embeddings.
-        nothing = scattered(nn.Parameter(torch.zeros_like(self.value.weight)))
-        self.value.weight = starts_at(nothing, 0.0)
 
     def mix(
         self,
