@@ -45,6 +45,7 @@ from model.config import (
 from model.decoder import Decoder, Output
 from model.init import count_parameters, initialise
 from model.memory.base import Carried, detach, map_tensors
+from parallel.heap import settle_heap
 
 SEGMENT, SEGMENTS, LANES, VOCAB = 64, 16, 8, 2048
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -314,6 +315,7 @@ def main() -> None:
         tokenizer = load_tokenizer(args.folder / "train" / "train" / "tokenizer.json")
         prepare([args.held_out], args.folder / "valid", tokenizer=tokenizer, valid_fraction=0.0)
     elif args.command == "run":
+        settle_heap()
         result = train(args.folder, args.memory, args.seed, args.steps, args.lr)
         args.results.mkdir(parents=True, exist_ok=True)
         file = args.results / f"{args.memory}-{args.seed}.json"

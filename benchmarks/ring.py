@@ -5,8 +5,9 @@
 8 query heads, 4 key heads of 64. `one process` is the same kernel over the whole sequence while the
 other process waits. `ring-flash-attention` is that project's zigzag algorithm (half of the keys
 from before, half of the queries for keys from behind, keys and values sent one by one) over the
-same kernel. An ideal ring takes half of one process's time. Run it on an idle machine: other work
-slows two processes more than one.
+same kernel. An ideal ring takes half of the time of one process; what two busy cores leave of that
+is the row without messages. Run it on an idle machine: other work slows two processes more than
+one. The heap is settled as in a run (parallel/heap.py).
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from model.attention import Alone, Exchange, Layout, Whole, merge
+from model.attention import Alone, Exchange, Layout, Visit, VisitBack, Whole, merge
 from model.kernels import Kernel, choose_kernel
 from model.local import FoldedSequence
+from parallel.heap import settle_heap
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
+FLOOR = "zigzag, no messages sent (wrong results)"
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -45,6 +48,27 @@ def folded(layout: Layout, exchange: Exchange) -> Run:
         return (out.detach(), *torch.autograd.grad(out, leaves, upstream))
 
     return run
+
+
+class Unsent(Alone):
+    """A ring whose messages cost nothing, as it sends none: own keys stand for every rank's."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def visit(self, k: Tensor, v: Tensor, step: Visit) -> None:
+        """Call step(source, k, v) for each rank."""
+        for t in range(self.size):
+            step((self.rank - t) % self.size, k, v)
+
+    def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
+        """Return the sum of step(source, k, v) over ranks."""
+        dk, dv = (torch.zeros(x.shape) for x in (k, v))
+        for t in range(self.size):
+            parts = step((self.rank - t) % self.size, k, v)
+            dk += parts[0]
+            dv += parts[1]
+        return dk, dv
 
 
 class PeerRing:
@@ -159,6 +183,7 @@ def _last(x: Tensor, half: int) -> Tensor:
 
 def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
     """Run on each process: time every algorithm in alternation; rank 0 prints."""
+    settle_heap()
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -174,6 +199,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
         cut = choose_layout(name, 2)
         run = folded(cut, choose_exchange(exchange, dist.group.WORLD))
         runs[f"{exchange}, {name}"] = (run, cut)
+    runs[FLOOR] = (folded(choose_layout("zigzag", 2), Unsent(rank, 2)), choose_layout("zigzag", 2))
     runs["ring-flash-attention"] = (PeerRing(), choose_layout("zigzag", 2))
     expected = runs["one process"][0](*whole)
     took: dict[str, list[float]] = {name: [] for name in runs}
@@ -187,7 +213,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
             dist.barrier()
             if turn:
                 took[name].append(time.perf_counter() - begin)
-            elif places is not None:
+            elif places is not None and name != FLOOR:
                 for one, all_of_it in zip(found, expected, strict=True):
                     other = all_of_it[:, :, places].float()
                     error = (one.float() - other).abs().max() / other.abs().max()

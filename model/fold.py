@@ -171,16 +171,18 @@ class _Fold(torch.autograd.Function):
             partial.add(ALL, _heads_first(other_out), other_lse.flatten(0, 1))
         assert partial.out is not None
         out = partial.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, other_out, other_lse, out, partial.lse, *keys)
-        ctx.reads, ctx.how = reads, how
+        held = (queries, k_heads, v_heads)  # as laid out: what they were made of is not kept
+        ctx.save_for_backward(*held, other_out, other_lse, out, partial.lse, *keys)
+        ctx.reads, ctx.how, ctx.batch = reads, how, q.shape[0]
         return _heads_last(out, q.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, other_out, other_lse, out, lse, *keys = ctx.saved_tensors
+        queries, k_heads, v_heads, other_out, other_lse, out, lse, *keys = ctx.saved_tensors
         reads: _Reads = ctx.reads
-        queries, dout = (_laid_out(_heads_first(x)) for x in (q, dout))
+        batch: int = ctx.batch
+        dout = _laid_out(_heads_first(dout))
         dq = Sum(queries)
 
         def step(source: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +207,6 @@ class _Fold(torch.autograd.Function):
                 dv.add(where, grads[2].unflatten(0, (k.shape[0], -1)))
             return dk.result(), dv.result()
 
-        k_heads, v_heads = (_laid_out(x.transpose(2, 3)) for x in (k, v))
         dk, dv = ctx.how.exchange.visit_back(k_heads, v_heads, step)
         dk, dv = dk.transpose(2, 3), dv.transpose(2, 3)
         dkeys: list[Tensor] = []
@@ -224,10 +225,10 @@ class _Fold(torch.autograd.Function):
                 False,
             )
             dq.add((ALL, ALL, rows), grads[0])
-            dkeys += [_heads_last(g, q.shape[0]).to(q.dtype) for g in grads[1:]]
-        dq_home = _heads_last(dq.result().to(q.dtype), q.shape[0])
+            dkeys += [_heads_last(g, batch).to(queries.dtype) for g in grads[1:]]
+        dq_home = _heads_last(dq.result().to(queries.dtype), batch)
         others = _of_other(dout, out, lse, other_out, other_lse)
-        return dq_home, dk.to(k.dtype), dv.to(v.dtype), *others, None, *dkeys
+        return dq_home, dk.to(k_heads.dtype), dv.to(v_heads.dtype), *others, None, *dkeys
 
 
 def _of_other(

@@ -1,8 +1,9 @@
 """The two exchanges of context parallelism: a ring, and an all-gather.
 
 Ring (Liu et al. 2023): at step t rank r holds the keys of rank r - t; the next hop is in flight
-while this one is computed. In backward the gradients of keys travel with them, in float32, and one
-hop more brings them home. Only heads as stored travel (grouped heads are not expanded).
+while this one is computed. In backward the gradients of keys travel one hop behind them, in
+float32, and the last hop brings them home, where a rank's own share waits. Only heads as stored
+travel (grouped heads are not expanded).
 
 All-gather (Llama 3): all keys at once; backward gathers again and reduce-scatters the gradients.
 The communication is exposed, but it is one message; good for small groups.
@@ -68,18 +69,23 @@ class Ring(_Group):
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
         """Call step(source, k, v) -> (dk, dv); return this rank's dk, dv, summed."""
         held = torch.stack((k, v))
+        home: Tensor | None = None
         grads: _Hop | None = None
         for t in range(self.size):
             hop = self._pass_on(held) if t < self.size - 1 else None
             dk, dv = step((self.rank - t) % self.size, held[0], held[1])
-            mine = torch.stack((dk, dv)).to(torch.promote_types(dk.dtype, torch.float32))
+            mine = _stack_wide(dk, dv)
             if grads is not None:
                 mine += grads.wait()
-            grads = self._pass_on(mine)
+            if home is None:
+                home = mine
+            else:
+                grads = self._pass_on(mine)
             if hop is not None:
                 held = hop.wait()
-        assert grads is not None
-        home = grads.wait()
+        assert home is not None
+        if grads is not None:
+            home += grads.wait()
         return home[0], home[1]
 
     def _pass_on(self, x: Tensor) -> _Hop:
@@ -89,6 +95,14 @@ class Ring(_Group):
             dist.P2POp(dist.irecv, received, self.previous, self.group),
         ]
         return _Hop(x, received, dist.batch_isend_irecv(ops))
+
+
+def _stack_wide(a: Tensor, b: Tensor) -> Tensor:
+    """Return [2, ...] of both, in float32 or wider, in one pass."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    both = torch.empty((2, *a.shape), dtype=wide, device=a.device)
+    both[0], both[1] = a, b
+    return both
 
 
 class _Hop:
