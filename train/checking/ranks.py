@@ -65,7 +65,7 @@ def _run(size: int, group: bool, function: Callable[..., Any], args: Any) -> lis
                 if ok:
                     results[rank] = torch.load(io.BytesIO(value), weights_only=False)
                     continue
-                del silent[rank]  # its peers wait in a collective, or it lost one of them
+                silent.pop(rank, None)  # its peers wait in a collective, or it lost one of them
                 time.sleep(_LOOK_S)
                 lost, errors = _ended(silent), [f"rank {rank}:\n{value}"]
             elif not lost and time.monotonic() > until:

@@ -22,7 +22,7 @@ from train.tracking.timeline import Timeline
 from train.watch.last_words import first_line, is_echo, last_words
 from train.watch.peers import Peers
 from train.watch.pulse import Pulse
-from train.watch.waiting import Waiting
+from train.watch.waiting import Waiting, choose_clock
 from train.watch.watchdog import Limits, Watchdog
 
 
@@ -48,7 +48,7 @@ class Watch:
         self.nodes = [""] * dist.get_world_size()
         dist.all_gather_object(self.nodes, self.node)
         self.timeline = Timeline(config.run_dir, writes=self.rank == 0)
-        self.pulse, self.waiting = Pulse(), Waiting()
+        self.pulse, self.waiting = Pulse(), Waiting(choose_clock())
         self.limits = limits_of(config, planned.time.total)
         self.backstop_s = self.limits.backstop_s(self.pulse)
         set_timeout(timedelta(seconds=self.backstop_s))
