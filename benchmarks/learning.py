@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py prepare BOOKS/train BOOKS/valid FOLDER
     python benchmarks/learning.py run FOLDER --memory fam-norm --seed 0 [--steps 250]
-    python benchmarks/learning.py table >docs/results/learning.md
+    python benchmarks/learning.py table [--picture FILE] >docs/results/learning.md
 
 Equal width, depth, tokens and order of data; one process, one thread, plain AdamW. `run` writes
 one file a run under docs/results/learning (--results), from which `table` reads. Held-out books are
@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,9 @@ from model.init import count_parameters, initialise
 from model.memory.base import Carried, detach, map_tensors
 from parallel.heap import settle_heap
 
+Runs = dict[str, dict[int, dict[str, Any]]]
+"""Results by setting and seed."""
+PANELS = 4  # side by side
 SEGMENT, SEGMENTS, LANES, VOCAB = 64, 16, 8, 2048
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Of n seeds: Student's t for a two-sided 95 % interval."""
@@ -220,13 +224,55 @@ def by_position(model: Decoder, corpus: Corpus, *, memory: str, tokens: int = 32
     ]
 
 
-def table(results: Path) -> str:
-    """Return markdown: loss by position over seeds, differences paired by seed, infini's gates."""
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
+def read_runs(results: Path) -> Runs:
+    """Return the results that are there, by setting and seed."""
+    runs: Runs = {}
     for name in SETTINGS:
         for file in sorted(results.glob(f"{name}-[0-9]*.json")):
             row = json.loads(file.read_text(encoding="utf-8"))
             runs.setdefault(name, {})[row["seed"]] = row
+    return runs
+
+
+def plot(runs: Runs, path: Path) -> None:
+    """Draw, for each memory, what it gains by position: over none, over itself without its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [name for name in runs if name != "none"]
+    height = -(-len(shown) // PANELS)
+    figure, grid = pyplot.subplots(
+        height, PANELS, figsize=(2.8 * PANELS, 2.1 * height), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    places = [(low * high) ** 0.5 for low, high in zip([8, *EDGES[1:-2]], EDGES[1:-1], strict=True)]
+    places.append(EDGES[-2] * 2**0.5)
+    for axes, name in zip(grid.flat, shown, strict=False):
+        for label, other, kind in (
+            ("none", runs.get("none", {}), "on"),
+            ("off", runs[name], "off"),
+            ("another book's", runs[name], "shuffled"),
+        ):
+            rows = _differences(runs[name], other, kind)
+            if rows:
+                means, halves = zip(*(_interval(x) for x in zip(*rows, strict=True)), strict=True)
+                axes.errorbar(places, means, halves, fmt=".-", lw=1, ms=4, capsize=2, label=label)
+        axes.axhline(0.0, color="0.7", lw=1, ls=":")
+        axes.set_title(f"{name} ({len(runs[name])} seeds)", fontsize=9)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    grid[0, 0].set(xscale="log", ylim=(-0.45, 0.45))
+    grid[0, 0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("position in the document, tokens", fontsize=9)
+    figure.supylabel("nats a token that this costs instead of the memory", fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def table(runs: Runs) -> str:
+    """Return markdown: loss by position over seeds, differences paired by seed, infini's gates."""
     names = [f"{low}-{high}" for low, high in zip(EDGES[:-2], EDGES[1:-1], strict=True)]
     names.append(f"{EDGES[-2]}-")
     head = " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1)
@@ -271,14 +317,20 @@ def _differences(
     ]
 
 
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean over seeds and half of its 95 % interval, 0 of one seed."""
+    mean, many = statistics.mean(values), len(values) > 1
+    spread = STUDENT[len(values)] * statistics.stdev(values) if many else 0.0
+    return mean, spread / len(values) ** 0.5
+
+
 def _cells(rows: list[list[float]], *, spread: bool) -> str:
     """Return a line's cells; with a spread, those whose interval leaves out zero in bold."""
     cells = []
     for values in zip(*rows, strict=True):
-        mean = statistics.mean(values)
+        mean, half = _interval(values)
         cell = f"{mean:.3f}"
         if spread and len(values) > 1:
-            half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
             cell = f"{cell} ± {half:.3f}"
             if abs(mean) > half:
                 cell = f"**{cell}**"
@@ -299,6 +351,8 @@ def main() -> None:
             command.add_argument("folder", type=Path)
         if name != "prepare":
             command.add_argument("--results", type=Path, default=Path("docs/results/learning"))
+        if name == "table":
+            command.add_argument("--picture", type=Path)
         if name == "run":
             command.add_argument("--memory", choices=SETTINGS, required=True)
             command.add_argument("--seed", type=int, default=0)
@@ -321,7 +375,10 @@ def main() -> None:
         file = args.results / f"{args.memory}-{args.seed}.json"
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
-        print(table(args.results))
+        runs = read_runs(args.results)
+        print(table(runs))
+        if args.picture is not None:
+            plot(runs, args.picture)
 
 
 if __name__ == "__main__":

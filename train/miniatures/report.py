@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.miniatures.config import Miniature
+from train.miniatures.config import MAX_BLOCKS, Miniature
 
 PLACES = ("start", "middle", "end")
+_PANELS = 3  # side by side
 
 
 class Interval(NamedTuple):
@@ -78,7 +79,7 @@ def _summary(found: list[tuple[Miniature, list[dict[str, Any]]]]) -> str:
         speed = statistics.median(result["tokens_per_s"] for result in results)
         lines.append(
             f"{head} {medians} at {longest:,} | {len(results)} |"
-            f" {5 * miniature.segment_len} tokens | {minutes:.1f} |"
+            f" {MAX_BLOCKS * miniature.segment_len} tokens | {minutes:.1f} |"
             f" {results[0]['parameters']:,} | {_bytes(results[0]['state_bytes'])} |"
             f" {speed:,.0f} | {paper.differs} |"
         )
@@ -152,27 +153,44 @@ def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
 
 
 def plot(folder: Path, miniatures: Iterable[Miniature], path: Path) -> None:
-    """Write a picture: exact match by length for each miniature, the worst place, each seed."""
+    """Write a picture: a panel a miniature; exact match by length and key position.
+
+    Lines are medians of the seeds, dots single seeds; miniatures without a result have no panel.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for number, miniature in enumerate(miniatures):
-        for i, result in enumerate(load_results(folder, miniature.name)):
-            lengths = sorted({cell["tokens"] for cell in result["cells"]})
-            worst = [
-                min(c["exact"] / c["prompts"] for c in result["cells"] if c["tokens"] == length)
-                for length in lengths
-            ]
-            label = miniature.name if i == 0 else None
-            axes.plot(lengths, worst, "o-", ms=3, lw=1, color=f"C{number}", label=label)
-    axes.axvline(320, color="0.7", lw=1, ls=":")
-    axes.set(xscale="log", xlabel="tokens (dotted: the longest trained)", ylim=(-0.03, 1.03))
-    axes.set_ylabel("exact match, worst key position, each seed")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    loaded = [(each, load_results(folder, each.name)) for each in miniatures]
+    shown = [(each, results) for each, results in loaded if results]
+    if not shown:
+        raise ValueError(f"{folder} has no result of {[each.name for each, _ in loaded]} to draw")
+    height = math.ceil(len(shown) / _PANELS)
+    figure, grid = pyplot.subplots(
+        height, _PANELS, figsize=(3.2 * _PANELS, 2.3 * height), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for axes, (each, results) in zip(grid.flat, shown, strict=False):
+        cells = [cell for result in results for cell in result["cells"]]
+        lengths = sorted({cell["tokens"] for cell in cells})
+        for place in dict.fromkeys(cell.get("place") for cell in cells):
+            shares = [_shares(results, tokens, place) for tokens in lengths]
+            (line,) = axes.plot(
+                lengths, [_median(x) for x in shares], lw=1.2, label=place or "answered"
+            )
+            for tokens, seeds in zip(lengths, shares, strict=True):
+                axes.plot([tokens] * len(seeds), seeds, ".", ms=4, color=line.get_color())
+        axes.axvline(MAX_BLOCKS * each.segment_len, color="0.7", lw=1, ls=":")
+        seeds_shown = f"{len(results)} seed{'s' if len(results) > 1 else ''}"
+        axes.set_title(f"{each.name} ({seeds_shown})", fontsize=9)
+        axes.legend(frameon=False, fontsize=7, loc="lower left")
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    grid[0, 0].set(xscale="log", ylim=(-0.03, 1.03))
+    figure.supxlabel("tokens (dotted: the longest trained)", fontsize=9)
+    figure.supylabel("exact match", fontsize=9)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
@@ -186,7 +204,7 @@ def _about_hits(results: list[dict[str, Any]]) -> str:
     )
 
 
-def _shares(results: list[dict[str, Any]], tokens: int, place: str) -> list[float]:
+def _shares(results: list[dict[str, Any]], tokens: int, place: str | None) -> list[float]:
     return [
         cell["exact"] / cell["prompts"]
         for result in results
