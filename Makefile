@@ -37,9 +37,10 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV): about two minutes'
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	@# The other pins hold beside whichever torch is there now.
-	{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze | grep '^torch=='; } \
-	  > $(VENV)/constraints.txt
+	@# The other pins hold beside whichever torch is there now, and the triton that it brought.
+	$(BIN)/python -m pip freeze | grep -E '^(torch|triton)==' > $(VENV)/torch.txt
+	{ cat $(VENV)/torch.txt; cut -d= -f1 $(VENV)/torch.txt | sed 's/.*/^&==/' | \
+	  grep -v -f - constraints.txt; } > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 

@@ -11,6 +11,7 @@ Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +23,41 @@ _ROWS = 256
 
 _SCORES = 2**26
 """Scores held at once where batch and heads are many: 256 MiB in float32. Fewer rows then."""
+
+
+def choose_grouped(q: Tensor, block: int) -> GroupedSoftmax:
+    """Return the fastest kernel that takes q's device and type, and such blocks."""
+    dims = q.shape[-1]
+    fits = block <= 128 and 16 <= dims <= 128 and dims & (dims - 1) == 0
+    if q.device.type == "cuda" and q.dtype != torch.float64 and fits and find_spec("triton"):
+        from model.memory.grouped_triton import GroupedTriton
+
+        return GroupedTriton(block)
+    return GroupedSoftmax(block)
+
+
+class GroupedKernel:
+    """A model.kernels.Kernel over blocks of `block` positions: what choose_grouped names."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Return (out, lse); see GroupedSoftmax."""
+        return choose_grouped(q, self.block).forward(q, k, v, causal)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv of this piece, given the fold's final out and lse."""
+        return choose_grouped(q, self.block).backward(dout, q, k, v, out, lse, causal)
 
 
 class GroupedSoftmax:
@@ -204,7 +240,7 @@ class _Grouped(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        out, lse = GroupedSoftmax(block).forward(q, k, v, causal)
+        out, lse = choose_grouped(q, block).forward(q, k, v, causal)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.block, ctx.causal = block, causal
         return out, lse
@@ -214,12 +250,13 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         said = (dout.to(lse.dtype) * out).sum(-1) - dlse
-        grads = GroupedSoftmax(ctx.block).backward_of_both(dout, q, k, v, said, lse, ctx.causal)
+        kernel = choose_grouped(q, ctx.block)
+        grads = kernel.backward_of_both(dout, q, k, v, said, lse, ctx.causal)
         return *grads, None, None
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return GroupedSoftmax(block).forward of a piece; gradients flow through out and lse.
+    """Return (out, lse) of GroupedSoftmax.forward; gradients flow through both.
 
     For pieces joined outside model.fold, as those of retrieval are. q [B, H, Sq, K];
     k, v [B, Hkv, Sk, K].

@@ -23,7 +23,7 @@ from model.config import LandmarkMemory, ModelConfig
 from model.interfaces import Linears, Segments
 from model.memory.base import Block, Initial, Part, PartMemory, Tokens
 from model.memory.block_store import BlockStore, append, empty_store, forget
-from model.memory.grouped import GroupedSoftmax
+from model.memory.grouped import GroupedKernel
 from model.memory.layered import Layered
 from model.memory.mixer import LocalMixer, Mixer
 from model.memory.retrieval import Retrieved, retrieve
@@ -139,7 +139,7 @@ class Landmark(Layered):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         assert isinstance(config.memory, LandmarkMemory)
-        self.kernel = GroupedSoftmax(config.memory.block)
+        self.kernel = GroupedKernel(config.memory.block)
         self.all_layers = config.memory.layers == "all"
 
     def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
