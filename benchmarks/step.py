@@ -134,7 +134,7 @@ def prepare(name: str, options: argparse.Namespace) -> Step:
     if name.endswith(HEAP):
         settle_heap()
     if name == "ours":
-        start_processes(timedelta(minutes=10))
+        start_processes(timedelta(minutes=10), tight_heap=options.ffn_chunk is not None)
     return WAYS[name.removesuffix(HEAP)](options)
 
 

@@ -14,7 +14,7 @@ import os
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _MIB = 1 << 20
 SETTINGS = {
-    # From here on an allocation is a mapping of its own, which leaves no hole. Lower takes time.
+    # From here on an allocation is a mapping of its own, which leaves no hole.
     _MMAP_THRESHOLD: 4 * _MIB,
     # What is smaller comes from a heap that grows and shrinks in large steps only.
     _TOP_PAD: 64 * _MIB,
@@ -22,9 +22,14 @@ SETTINGS = {
 }
 
 
-def settle_heap() -> None:
+TIGHT = SETTINGS | {_MMAP_THRESHOLD: 1 * _MIB}
+"""Hardly a hole is left, and a mapping made for each tensor of a chunk takes time."""
+
+
+def settle_heap(*, tight: bool = False) -> None:
     """Keep holes out of the heap, and use huge pages; call it before the first tensor is made.
 
+    tight: memory comes before time.
     Nothing is changed where the environment says how (MALLOC_*, THP_MEM_ALLOC_ENABLE), and only
     glibc is spoken to.
     """
@@ -33,5 +38,5 @@ def settle_heap() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        for number, value in SETTINGS.items():
+        for number, value in (TIGHT if tight else SETTINGS).items():
             libc.mallopt(number, value)

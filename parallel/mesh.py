@@ -52,10 +52,13 @@ def place(rank: int, *, tp: int, cp: int) -> tuple[int, int, int]:
     return rank % tp, rank // tp % cp, rank // (tp * cp)
 
 
-def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
+def start_processes(
+    timeout: timedelta = timedelta(minutes=30), *, tight_heap: bool = False
+) -> None:
     """Join the processes torchrun started (or stand alone).
 
-    NCCL where each process of this machine has a GPU of its own, else gloo and the CPU.
+    NCCL where each process of this machine has a GPU of its own, else gloo and the CPU, whose heap
+    is then settled; tight_heap: see settle_heap.
     """
     if dist.is_initialized():
         return
@@ -64,7 +67,7 @@ def start_processes(timeout: timedelta = timedelta(minutes=30)) -> None:
     if backend == "nccl":  # before the first message, or all ranks of a node would use one GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
-        settle_heap()
+        settle_heap(tight=tight_heap)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

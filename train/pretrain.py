@@ -48,7 +48,7 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
     config, inputs = open_run(config, fresh=fresh, fork=fork)
     # Behind the watchdog's: torch's own end a rank without saying where it was.
     timeout = timedelta(seconds=limits_of(config).backstop_s(Pulse()))
-    start_processes(timeout)
+    start_processes(timeout, tight_heap=config.train.ffn_chunk is not None)
     agree_on(config)
     vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     watch = Watch(config, expect(config, vocab_size, dist.get_world_size(), gpu_name()))
