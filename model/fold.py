@@ -108,11 +108,14 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """Return [..., H, S, K] as its kernel reads it fastest: on a CPU a head's long rows together.
+    """Return [..., H, S, K] in memory of its own, and as its kernel reads it fastest.
 
-    What is gained grows with the square of S, the copy with S.
+    What is a view of a projection (values are) would keep all of it until the backward. On a CPU a
+    head's long rows lie together: what that gains grows with the square of S, the copy with S.
     """
-    return x.contiguous() if x.device.type == "cpu" and x.shape[-2] >= _LONG else x
+    if x.device.type == "cpu" and x.shape[-2] >= _LONG:
+        return x.contiguous()
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 def _heads_last(x: Tensor, batch: int) -> Tensor:

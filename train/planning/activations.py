@@ -121,19 +121,16 @@ def activations_of_layer(config: Config, model: ModelConfig, shapes: Shapes) -> 
 def _kept(s: _Sizes, mode: str, config: Config) -> float:
     """Return what the tokens of one layer keep.
 
-    none: each norm its input in float32, the normalised and the scaled rows; q, k (with the window
-    v) rotated, beside the projection they were cut from; out and lse; gate and up, silu, product.
+    none: each norm its input in float32, the normalised and the scaled rows; q, k, v as attention
+    reads them, the window's with them; out and lse; gate and up, silu, product.
     selective: each norm's input, attention, gate and up. block: the layer's input.
     """
     e, x = s.shapes.element, s.outside * s.width
     if mode == "block":
         return e * x
-    heads = e * s.rows * (s.queries + 2 * s.keys) + _extra_projection(s)
-    if s.model.window:  # keys and values are joined with the window's: the projection goes
-        heads = 2 * e * s.rows * s.keys * s.reach - e * s.rows * s.keys * s.reach
     attention = (
-        heads
-        + e * s.rows * (2 * s.queries + s.keys * s.reach)
+        e * s.rows * 2 * (s.queries + s.keys * s.reach)
+        + _extra_projection(s)
         + WIDE * s.rows * s.model.num_heads / s.shapes.tp
     )
     chunked = _ffn_rows(s, config) < s.rows
@@ -205,8 +202,8 @@ def _messages(s: _Sizes, config: Config) -> float:
     if s.shapes.cp == 1:
         return 0.0
     pair = 2 * s.rows * s.keys * s.reach
-    if config.parallel.attention == "ring":
-        return pair * (2 * s.shapes.element + 3 * WIDE)
+    if config.parallel.attention == "ring":  # gradients: own ones; from the third step on, others'
+        return pair * (2 * s.shapes.element + (3 if s.shapes.cp > 2 else 1) * WIDE)
     return pair * s.shapes.cp * (s.shapes.element + WIDE)
 
 

@@ -156,7 +156,10 @@ def _context_parallel(
     share = cluster.overlap
     per_hop, per_hop_back = attention / layers / cp, attention_back / layers / cp
     waits = again * (cp - 1) * max(hop - share * per_hop, 0.0)
-    waits += (cp - 1) * max(hop_back - share * per_hop_back, 0.0) + gradient / link.rate + latency
+    # Back: keys alone, keys with others' gradients, and the last gradients behind no work.
+    waits += max(hop - share * per_hop_back, 0.0)
+    waits += (cp - 2) * max(hop_back - share * per_hop_back, 0.0)
+    waits += gradient / link.rate + latency
     return layers * waits
 
 
