@@ -106,7 +106,7 @@ class Waiting:
         with ExitStack() as stack:
             stack.callback(self._count(dist.Work, "wait"))
             for name in _BEGIN if self._clock.begins else ():
-                if hasattr(dist.ProcessGroup, name):
+                if name in vars(dist.ProcessGroup):  # not every torch has all of them
                     stack.callback(self._count(dist.ProcessGroup, name))
             yield self
 
@@ -121,8 +121,9 @@ class Waiting:
             try:
                 return original(this, *args, **more)
             finally:
-                if began is not None:
-                    self._marks.append((began, self._clock.mark()))
+                ended = self._clock.mark()
+                if began is not None and ended is not None:
+                    self._marks.append((began, ended))
 
         setattr(owner, name, counted)
         # What getattr returned is bound to no instance; as an attribute it would stay so.
