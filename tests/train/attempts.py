@@ -48,7 +48,8 @@ class Attempt:
         until = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < until, f"waited too long:\n{self.text()}"
-            assert self.running(), f"ended too early:\n{self.text()}"
+            if not self.running():  # their end may be what made it hold, a moment ago
+                assert condition(), f"ended too early:\n{self.text()}"
             time.sleep(0.005)
 
     def wait_for_rows(self, count: int) -> None:
