@@ -28,7 +28,8 @@ _SCORES = 2**26
 def choose_grouped(q: Tensor, block: int) -> GroupedSoftmax:
     """Return the fastest kernel that takes q's device and type, and such blocks."""
     dims = q.shape[-1]
-    fits = block <= 128 and 16 <= dims <= 128 and dims & (dims - 1) == 0
+    most = 64 if q.dtype == torch.float32 else 128  # what a multiprocessor's shared memory holds
+    fits = block <= most and 16 <= dims <= most and dims & (dims - 1) == 0
     if q.device.type == "cuda" and q.dtype != torch.float64 and fits and find_spec("triton"):
         from model.memory.grouped_triton import GroupedTriton
 

@@ -23,7 +23,10 @@ _WARPS = 4
 
 
 class GroupedTriton(GroupedSoftmax):
-    """`GroupedSoftmax` in float32 and half precision; head_dim: a power of two, 16 to 128."""
+    """`GroupedSoftmax` in half precision, blocks and head_dim to 128, and in float32, to 64.
+
+    head_dim is a power of two, and 16 at least.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return (out, lse); see GroupedSoftmax."""
