@@ -271,3 +271,4 @@ class ComputeConfig:
     checkpointing: Literal["none", "selective", "block"] = "none"
     loss_chunk: int = 1024
     ffn_chunk: int | None = None
+    wavefront: bool = False  # armt: layers at once, each with another segment; see model.wavefront

@@ -22,6 +22,7 @@ from model.memory.frame import Rows
 from model.memory.in_turn import InTurn
 from model.packed import Packed, check_documents
 from model.rope import rope_tables
+from model.wavefront import check_wavefront, diagonals
 
 
 class Head(nn.Module):
@@ -87,6 +88,9 @@ class Decoder(nn.Module):
         self.sequence: Sequence = sequence or FoldedSequence()
         self.linears: Linears = linears or LocalLinears()
         self.memory: Memory = MEMORIES[config.memory.name](config)
+        if self.compute.wavefront:
+            name, chunk = config.memory.name, self.compute.ffn_chunk
+            check_wavefront(name, self.memory, self.linears, chunk)
         self.embedding = self.linears.embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
             Block(
@@ -199,13 +203,16 @@ class Decoder(nn.Module):
         """Run segment after segment through the whole stack; return rows, by segment, and state."""
         layers, stack, found = state.layers, state.stack, []
         prepared = memory.prepare(self, tokens, segments, step)
+        if self.compute.wavefront and segments.num_segments > 1:
+
+            def enter(n: int) -> tuple[Tensor, Rows]:
+                rows, _ = memory.open(self, segments.of(n), 0, stack, prepared[n])
+                return self.embed(tokens[:, n]), rows
+
+            x, layers = diagonals(self.layers(), enter, segments, layers, self._run)
+            return x, Carried(layers, stack)
         for n in range(segments.num_segments):
-            one = segments._replace(
-                num_segments=1,
-                starts=segments.starts[:, n : n + 1],
-                cos=segments.cos[: segments.window + 1],
-                sin=segments.sin[: segments.window + 1],
-            )
+            one = segments.of(n)
             rows, rest = memory.open(self, one, 0, stack, prepared[n])
             x, rows_after, layers = self.through(self.embed(tokens[:, n]), rows, one, layers)
             assert rows_after is not None

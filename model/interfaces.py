@@ -137,3 +137,12 @@ class Segments(NamedTuple):
     sequence: Sequence
     linears: Linears
     packed: Packed | None = None  # of packed segments; None: each segment is one document's
+
+    def of(self, n: int) -> Segments:
+        """Return what the layers know of segment n alone (N = 1); not for packed segments."""
+        return self._replace(
+            num_segments=1,
+            starts=self.starts[:, n : n + 1],
+            cos=self.cos[: self.window + 1],
+            sin=self.sin[: self.window + 1],
+        )

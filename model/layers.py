@@ -41,11 +41,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x [..., features], in the weight's type."""
-        return _scaled(x, self.weight, self.eps)
+        return scaled(x, self.weight, self.eps)
 
 
 @fused
-def _scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight over the last dimension, in the weight's type."""
     return normalise(x, eps).to(weight.dtype) * weight
 
 

@@ -54,7 +54,9 @@ def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
 def to_compute_config(config: Config) -> ComputeConfig:
     """Return what is recomputed, and in what pieces."""
     train = config.train
-    return ComputeConfig(train.checkpointing, train.loss_chunk, train.ffn_chunk)
+    return ComputeConfig(
+        train.checkpointing, train.loss_chunk, train.ffn_chunk, wavefront=train.wavefront
+    )
 
 
 def build(

@@ -155,6 +155,8 @@ class ArmtMixer(Mixer):
 class Armt(InTurn):
     """The rows that stand behind every segment."""
 
+    wavefront = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert isinstance(config.memory, ArmtMemory)

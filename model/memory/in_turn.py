@@ -40,6 +40,7 @@ class InTurn(nn.Module):
     in_turn = True
     weighted = False
     packs = False  # a document that begins inside a segment would need rows of its own
+    wavefront = False  # what it carries lies in the layers alone; see model.wavefront
 
     def mixer(self, config: ModelConfig, linears: Linears, layer: int) -> Mixer:
         """Return the memory of one block: the rows come from outside, so nothing but a window."""

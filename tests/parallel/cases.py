@@ -87,6 +87,7 @@ class Case:
             if value != vars(Case())[name] and name != "compute"
         ]
         recompute = "" if self.compute == ComputeConfig() else self.compute.checkpointing
+        recompute += " wavefront" * self.compute.wavefront
         return " ".join([*changed, recompute]).strip() or "plain"
 
 
@@ -131,7 +132,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> Trained:
     """Return what one plain process makes of a case: known once for all its layouts."""
     config = subject_of(case).config
     plainly = config.model_dump(mode="json", exclude={"parallel"})
-    for key in ("checkpointing", "loss_chunk", "ffn_chunk", "micro_batch"):
+    for key in ("checkpointing", "loss_chunk", "ffn_chunk", "wavefront", "micro_batch"):
         del plainly["train"][key]
     return _trained(json.dumps(plainly), dtype)
 

@@ -78,6 +78,8 @@ OTHERS = [
     Case(cp=2, windows=2, memory="rmt"),
     Case(cp=2, windows=4, memory="rmt", stage=2),
     Case(dp=2, windows=4, memory="armt", stage=3),
+    Case(cp=2, memory="armt", stage=2, compute=ComputeConfig("block", wavefront=True)),
+    Case(dp=2, windows=2, memory="armt", compute=ComputeConfig("selective", wavefront=True)),
     Case(cp=2, windows=2, memory="infini-delta", stage=2),
     Case(tensor="TP2+SP", cp=2, memory="hmt", stage=3, compute=ComputeConfig("block", 32)),
     Case(tensor="TP2+SP", cp=2, memory="hmt", stage=2, compute=ComputeConfig("block", 32, 24)),

@@ -118,6 +118,26 @@ def memory(name: str, **keys: object) -> dict[str, Any]:
             " selective, leave ffn_chunk out, or use parallel.zero=2",
         ),
         (
+            memory("rmt") | {"train__wavefront": True},
+            "train.wavefront: true is for armt, whose layers hold all that is carried, and no other"
+            " memory; leave it out",
+        ),
+        (
+            memory("armt") | {"train__wavefront": True, "parallel__zero": 3},
+            "train.wavefront: true stacks the whole weights of all layers, which parallel.zero = 3"
+            " cuts; use tp=1 and zero=1 or 2, or leave it out",
+        ),
+        (
+            memory("armt") | {"train__wavefront": True, "model__lora": {"rank": 4}},
+            "train.wavefront: true stacks the layers' own maps, not model.lora's beside them;"
+            " leave one of them out",
+        ),
+        (
+            memory("armt") | {"train__wavefront": True, "train__ffn_chunk": 32},
+            "train.wavefront: true hands a block the rows of many layers at once, and"
+            " train.ffn_chunk = 32 would cut across them; use one of the two",
+        ),
+        (
             {"model__memory": []},
             "model.memory: []: nothing is named; use none",
         ),
@@ -163,6 +183,7 @@ def test_a_broken_rule_says_value_limit_and_remedy(changes: dict[str, Any], line
         memory("hmt") | {"parallel__layout": "contiguous"},
         memory("hmt") | {"train__checkpointing": "block", "train__ffn_chunk": 32},
         memory("hmt") | {"train__checkpointing": "block", "parallel__zero": 3},
+        memory("armt") | {"train__wavefront": True, "parallel__zero": 2, "parallel__cp": 2},
         memory("abc", slots=500) | SP,
         memory("cmab", latents=5) | SP,
         memory("infini") | SP | {"parallel__cp": 2},

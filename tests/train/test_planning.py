@@ -94,6 +94,25 @@ def test_activations_are_within_a_tenth_of_a_dry_run(changes: str) -> None:
     )
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+def test_diagonals_hold_a_copy_of_the_blocks(checkpointing: str) -> None:
+    """And its gradient; a call works on a segment of every layer."""
+    config = small(
+        "model.memory=armt",
+        "train.wavefront=true",
+        "data.segment_len=256",
+        "data.sample_len=1024",
+        "model.num_layers=3",
+        f"train.checkpointing={checkpointing}",
+    )
+    model, shapes = to_model_config(config, VOCAB), shapes_of(config, WORLD)
+    counted = dry_run(config, WORLD, VOCAB, [0])[0].peak.total
+    planned = activations(config, model, shapes)
+    assert planned.total == pytest.approx(counted, rel=0.1)
+    assert planned.stacked >= shapes.element * count_weights(model).blocks
+    assert planned.total - planned.stacked < 0.9 * counted
+
+
 @pytest.mark.parametrize("memory", ["none", "fam", "cmab", "armt", "hmt"])
 def test_a_dry_run_and_the_count_agree_on_weights(memory: str) -> None:
     changes = ("parallel.tp=2", "data.sample_len=2048", "train.micro_batch=2")

@@ -97,7 +97,7 @@ class References:
     def of(self, subject: Subject) -> tuple[plain.Trained, plain.Trained]:
         """Return the subject's three steps in float64, and in its own type."""
         raw = subject.config.model_dump(mode="json", exclude={"parallel"})
-        for key in ("checkpointing", "loss_chunk", "ffn_chunk", "micro_batch"):
+        for key in ("checkpointing", "loss_chunk", "ffn_chunk", "wavefront", "micro_batch"):
             del raw["train"][key]
         key = json.dumps(raw, sort_keys=True)
         if key not in self.known:

@@ -111,6 +111,7 @@ def _of_training(subject: Subject) -> list[Switch]:
         Switch("train.precision", train.precision, "fp32"),
         Switch("train.checkpointing", train.checkpointing, "none"),
         Switch("train.ffn_chunk", train.ffn_chunk, None),
+        Switch("train.wavefront", train.wavefront, False),
         Switch("train.loss_chunk", train.loss_chunk, 1024),
         Switch("train.micro_batch", train.micro_batch, whole),
         Switch("train.bptt_len", train.bptt_len, None),

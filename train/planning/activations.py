@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from model.config import MemoryConfig, ModelConfig
 from model.memory.armt import ROLLS
-from train.planning.shapes import Shapes, rows_in_turn
+from train.planning.shapes import Shapes, part_at_once, rows_in_turn
 from train.planning.states import WIDE, layer_state, parts_of
+from train.planning.weights import count_weights
 from train.settings.config import Config
 
 
@@ -61,13 +62,14 @@ class Activations(NamedTuple):
     messages: float  # keys and their gradients on their way
     logits: float  # of one chunk, and the head's gradients
     state: float  # what is carried to the next pass
+    stacked: float  # a copy of the blocks' weights, and its gradient (train.wavefront)
 
     @property
     def total(self) -> float:
         """All parts but memory, which layers contains."""
         return (
             self.layers + self.recomputed + self.backward + self.messages + self.logits + self.state
-        )
+        ) + self.stacked
 
 
 def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activations:
@@ -80,14 +82,19 @@ def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activatio
     state = layer_state(model, shapes) * layers
     more = 1.5 if model.memory.name == "hmt" else 1.0  # halves are read once more, for summaries
     kept = layers * (more * token_kept + memory_kept)
+    stacked = 0
+    if config.train.wavefront:
+        stacked = shapes.element * count_weights(model).blocks
 
     def moment(
         *, backward: float, recomputed: float = 0.0, messages: float = 0.0, logits: float = 0.0
     ) -> Activations:
-        sent = messages + _gathered(s)
-        return Activations(kept, memory_kept * layers, recomputed, backward, sent, logits, state)
+        sent, copies = messages + _gathered(s), 1 if logits else 2
+        return Activations(
+            kept, memory_kept * layers, recomputed, backward, sent, logits, state, copies * stacked
+        )
 
-    part = 1.0 / shapes.segments if rows_in_turn(model) else 1.0  # of the rows, in one layer
+    part = part_at_once(config, model, shapes)
     again = 0.0
     if mode == "block":
         again = (token_layer + memory_layer) * part

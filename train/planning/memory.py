@@ -27,6 +27,7 @@ REMEDIES = {
     "layers": "train.checkpointing=block, raise parallel.cp, lower train.micro_batch or bptt_len",
     "memory graph": "lower train.bptt_len or train.micro_batch, or train.checkpointing=block",
     "one layer": "set train.ffn_chunk, raise parallel.cp or tp, lower train.micro_batch",
+    "stacked weights": "train.wavefront=false",
     "ring messages": "parallel.attention=ring, or lower parallel.cp",
     "logits": "lower train.loss_chunk",
     "memory state": "lower train.micro_batch or the memory's window",
@@ -107,6 +108,7 @@ def memory_of(
         "layers": int(work.layers - work.memory),
         "memory graph": int(work.memory),
         "one layer": int(work.recomputed + work.backward),
+        "stacked weights": int(work.stacked),
         "ring messages": int(work.messages),
         "logits": int(work.logits),
         # each micro-batch keeps its own from step to step, and a step that may be undone the last

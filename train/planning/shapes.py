@@ -55,6 +55,22 @@ def shapes_of(config: Config, world: int) -> Shapes:
     )
 
 
+def block_calls(config: Config, model: ModelConfig, shapes: Shapes) -> int:
+    """Return how often a pass forward calls a block."""
+    layers, segments = model.num_layers, shapes.segments
+    if not rows_in_turn(model):
+        return layers
+    return segments + layers - 1 if config.train.wavefront else segments * layers
+
+
+def part_at_once(config: Config, model: ModelConfig, shapes: Shapes) -> float:
+    """Return what one call of a block works on at most, over all rows of one layer."""
+    if not rows_in_turn(model):
+        return 1.0
+    at_once = min(model.num_layers, shapes.segments) if config.train.wavefront else 1
+    return at_once / shapes.segments
+
+
 def rows_in_turn(model: ModelConfig) -> bool:
     """Return whether segments go through the stack one by one."""
     return model.memory.name in ("rmt", "armt", "hmt")

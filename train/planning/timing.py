@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from train.metrics import forward_flops_per_token
 from train.planning.activations import activations_of_layer
 from train.planning.cluster import Cluster
-from train.planning.shapes import Shapes, rows_in_turn
+from train.planning.shapes import Shapes, block_calls, rows_in_turn
 from train.planning.states import WIDE, parts_of
 from train.planning.weights import count_weights
 from train.settings.config import Config
@@ -74,10 +74,10 @@ def step_time(
     again = sum(forward) if mode == "block" else forward.elementwise * (mode == "selective")
     tensor = _tensor_parallel(model, shapes, cluster, mode)
     context = _context_parallel(config, model, shapes, cluster, forward.attention, attention_back)
-    chain = _chain(model, shapes, cluster, mode)
+    chain = _chain(config, model, shapes, cluster)
     busy = matrices + attention + 3 * forward.elementwise + again
-    operations = OPERATIONS * (4 / 3 if mode != "none" else 1) * model.num_layers
-    operations *= shapes.segments if rows_in_turn(model) else 1
+    operations = OPERATIONS * (4 / 3 if mode != "none" else 1)
+    operations *= block_calls(config, model, shapes)
     waiting = max(0.0, operations * device.launch_s - busy)
     backward = 2 * forward.matrices + attention_back + 2 * forward.elementwise
     optimizer = _optimizer_bytes(model, shapes) / device.memory_rate
@@ -163,17 +163,20 @@ def _context_parallel(
     return layers * waits
 
 
-def _chain(model: ModelConfig, shapes: Shapes, cluster: Cluster, mode: str) -> float:
+def _chain(config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster) -> float:
     """Return the seconds of what memory does segment by segment: operations and short messages."""
     operations = sum(CHAIN.get(part.name, 0) for part in parts_of(model.memory))
-    again = 4 / 3 if mode == "block" else 1.0
+    again = 4 / 3 if config.train.checkpointing == "block" else 1.0
     small = operations * cluster.device.launch_s
     messages = 0.0
     if operations and shapes.tp > 1 and model.memory.name in ("fam", "rmt", "armt", "hmt"):
         messages += 8 * (shapes.tp - 1) * cluster.link(shapes.tp, 1).latency_s
     if operations and shapes.cp > 1:
         messages += 3 * (shapes.cp - 1) * cluster.link(shapes.cp, shapes.tp).latency_s
-    return model.num_layers * shapes.segments * again * (small + messages)
+    calls = model.num_layers * shapes.segments
+    if config.train.wavefront:
+        calls = block_calls(config, model, shapes)
+    return calls * again * (small + messages)
 
 
 def _zero(

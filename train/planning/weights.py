@@ -21,6 +21,7 @@ class Weights(NamedTuple):
     trained_cut: int
     trained_whole: int
     largest: int  # of the parameters that are cut
+    blocks: int  # of all layers, without embedding and head
 
     def held(self, tp: int) -> int:
         """Return those of one tensor-parallel rank."""
@@ -87,4 +88,5 @@ def count_weights(model: ModelConfig) -> Weights:
         trained_cut=counts[True, True],
         trained_whole=counts[False, True],
         largest=largest,
+        blocks=sum(parameter.numel() for parameter in decoder.blocks.parameters()),
     )

@@ -4,7 +4,7 @@ Fields of a memory are named by its name, `model.memory.fam.slots`: so a rule ho
 of memories too, and is left out for all others.
 """
 
-from train.settings.memories import Memory, to_memory_config
+from train.settings.memories import Memory, find_memory, to_memory_config
 from train.settings.remedies import Rule, nearest_divisors, nearest_multiples, not_multiple
 
 _WITHOUT_SP = "set parallel.sequence_parallel=false"
@@ -158,9 +158,43 @@ def _hmt_recomputation(
     )
 
 
+def _wavefront_memory(wavefront: bool, memory: Memory) -> str | None:
+    if not wavefront or find_memory(memory, "armt") is not None:
+        return None
+    return (
+        "true is for armt, whose layers hold all that is carried, and no other memory; leave it out"
+    )
+
+
+def _wavefront_weights(wavefront: bool, tp: int, zero: int) -> str | None:
+    if not wavefront or (tp == 1 and zero < 3):
+        return None
+    what = f"parallel.tp = {tp}" if tp > 1 else f"parallel.zero = {zero}"
+    return (
+        f"true stacks the whole weights of all layers, which {what} cuts; use tp=1 and zero=1 or 2,"
+        " or leave it out"
+    )
+
+
+def _wavefront_adapters(wavefront: bool, rank: int) -> str | None:
+    if not wavefront:
+        return None
+    return "true stacks the layers' own maps, not model.lora's beside them; leave one of them out"
+
+
+def _wavefront_chunks(wavefront: bool, ffn_chunk: int | None) -> str | None:
+    if not wavefront or ffn_chunk is None:
+        return None
+    return (
+        "true hands a block the rows of many layers at once, and train.ffn_chunk ="
+        f" {ffn_chunk} would cut across them; use one of the two"
+    )
+
+
 _TP, _CP, _SP = "parallel.tp", "parallel.cp", "parallel.sequence_parallel"
 _LAYOUT, _SEGMENT, _SAMPLE = "parallel.layout", "data.segment_len", "data.sample_len"
 _MICRO, _CHECKPOINTING = "train.micro_batch", "train.checkpointing"
+_WAVEFRONT = "train.wavefront"
 _MEMORY = "model.memory"
 _FAM, _RMT, _ARMT = (f"{_MEMORY}.{name}.slots" for name in ("fam", "rmt", "armt"))
 _BANK, _SENSORY = f"{_MEMORY}.hmt.bank", f"{_MEMORY}.hmt.sensory"
@@ -184,6 +218,10 @@ MEMORY_RULES: tuple[Rule, ...] = (
         (_CHECKPOINTING, "train.ffn_chunk", "parallel.zero", _BANK),
         _hmt_recomputation,
     ),
+    Rule(_WAVEFRONT, (_WAVEFRONT, _MEMORY), _wavefront_memory),
+    Rule(_WAVEFRONT, (_WAVEFRONT, _TP, "parallel.zero"), _wavefront_weights),
+    Rule(_WAVEFRONT, (_WAVEFRONT, "model.lora.rank"), _wavefront_adapters),
+    Rule(_WAVEFRONT, (_WAVEFRONT, "train.ffn_chunk"), _wavefront_chunks),
     Rule(_BLOCK, (_BLOCK, _SEGMENT, _CP, _LAYOUT), _landmark_block),
     Rule(_RETRIEVE, (_RETRIEVE, _CP), _retrieve_over_cp),
     Rule(_GRANULARITY, (_GRANULARITY, _RETRIEVE, _TP), _heads_over_tp),

@@ -338,6 +338,12 @@ class TrainSection(Section):
         description="Tokens that a feed-forward layer takes at once; left out, all. Set it when"
         " ffn activations of long segments do not fit; the result does not change.",
     )
+    wavefront: bool = Field(
+        default=False,
+        description="armt: run the layers side by side, each with another segment (diagonals), so N"
+        " segments take N + num_layers - 1 calls of a block instead of N * num_layers. For a copy"
+        " of the blocks' weights; it pays where segments are short for the device.",
+    )
     compile: bool = Field(
         default=False,
         description="Fuse norms, rotations, gates and the loss into kernels of their own"
