@@ -1,7 +1,8 @@
 """Decoding over keys that lie on many ranks, or on many workers of one device, by `merge`.
 
 Sharded keys: each rank attends to its share, and the ranks' (out, lse) are merged: one message of
-H * (K + 1) numbers a token and layer, however long the past is.
+H * (K + 1) numbers a token and layer, however long the past is. So `longhaul generate` decodes on
+several ranks (train.sharded).
 
 Lean partition (Sanovar et al. 2024, LeanAttention): contexts of any lengths are cut into tiles, all
 tiles stand in one line, and each worker takes an equal stretch of it, across the ends of contexts.
@@ -26,23 +27,32 @@ class ShardedKeys(NamedTuple):
     """One layer's keys and values of the tokens read so far, this rank's share; never mutated.
 
     Which tokens lie where does not matter: keys are rotated, and a decoding query reads them all.
+    Those of the prompt and those appended lie apart, so that a new token does not copy the prompt.
     """
 
-    k: Tensor  # [B, this rank's tokens, Hkv, K], rotated
+    k: Tensor  # [B, this rank's tokens of the prompt, Hkv, K], rotated
     v: Tensor
+    new_k: Tensor  # [B, this rank's tokens behind the prompt, Hkv, K], rotated
+    new_v: Tensor
     num_tokens: int  # over all ranks
     exchange: Exchange
+
+    @property
+    def num_held(self) -> int:
+        """Tokens whose keys this rank holds."""
+        return self.k.shape[1] + self.new_k.shape[1]
 
     def append(self, k: Tensor, v: Tensor) -> ShardedKeys:
         """Return the keys with those of new tokens, k and v [B, T, Hkv, K], given on every rank.
 
-        The t-th token of all is kept by rank t mod size, so shares grow alike.
+        The t-th token of all is kept by rank t mod size, so shares grow alike. Only what was
+        appended before is copied.
         """
-        new = self.num_tokens + torch.arange(k.shape[1])
-        mine = (new % self.exchange.size == self.exchange.rank).to(k.device)
+        size = self.exchange.size
+        mine = slice((self.exchange.rank - self.num_tokens) % size, None, size)
         return self._replace(
-            k=torch.cat((self.k, k[:, mine]), 1),
-            v=torch.cat((self.v, v[:, mine]), 1),
+            new_k=torch.cat((self.new_k, k[:, mine]), 1),
+            new_v=torch.cat((self.new_v, v[:, mine]), 1),
             num_tokens=self.num_tokens + k.shape[1],
         )
 
@@ -53,7 +63,8 @@ def shard(k: Tensor, v: Tensor, exchange: Exchange) -> ShardedKeys:
     Every rank of the exchange calls this together.
     """
     counts = torch.tensor([k.shape[1]], dtype=torch.float64, device=k.device)
-    return ShardedKeys(k, v, int(exchange.sum(counts)), exchange)
+    nothing = k[:, :0]
+    return ShardedKeys(k, v, nothing, nothing, int(exchange.sum(counts)), exchange)
 
 
 def attend(q: Tensor, cache: ShardedKeys) -> Tensor:
@@ -65,18 +76,21 @@ def attend(q: Tensor, cache: ShardedKeys) -> Tensor:
     """
     if not cache.num_tokens:
         raise ValueError("no rank holds a key; append the first token before its query asks")
-    out, lse = cache.exchange.combine(*_attend_here(q, cache.k, cache.v))
+    prompt = _attend_here(q, cache.k, cache.v)
+    behind = _attend_here(q, cache.new_k, cache.new_v)
+    out, lse = cache.exchange.combine(*merge(prompt, behind))
     return out.to(q.dtype).transpose(1, 2)
 
 
 def _attend_here(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (out [B, H, S, K], lse [B, H, S]) over this rank's keys, which may be none."""
+    """Return (out [B, H, S, K], lse [B, H, S]), float32 or wider, over keys that may be none."""
     queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
     if keys.shape[2]:
-        return choose_kernel(q).forward(queries, keys, values, False)
+        out, lse = choose_kernel(q).forward(queries, keys, values, False)
+        return out.to(lse.dtype), lse
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full(queries.shape[:3], float("-inf"), dtype=wide, device=q.device)
-    return torch.zeros_like(queries), lse
+    return torch.zeros_like(queries, dtype=wide), lse
 
 
 def lean_partition(lengths: Items[int], tile: int, workers: int) -> list[range]:

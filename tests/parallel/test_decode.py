@@ -50,7 +50,7 @@ def decode(exchange: str, first: int, prompt_len: int, dtype: torch.dtype) -> tu
         one = slice(t, t + 1)
         cache = cache.append(new_k[:, one], new_v[:, one])
         outs.append(attend(q[:, one], cache))
-    return torch.cat(outs, 1), cache.k.shape[1]
+    return torch.cat(outs, 1), cache.num_held
 
 
 def expected(prompt_len: int, dtype: torch.dtype) -> Tensor:
@@ -100,12 +100,37 @@ def test_one_device_is_the_case_of_one_share() -> None:
     k, v, q, new_k, new_v = prompt_and_tokens(6, torch.float64)
     cache = shard(k, v, Alone())
     whole = cache.append(new_k, new_v)
-    assert cache.num_tokens == cache.k.shape[1] == 6  # returned, not mutated
-    out = attend(q, whole)
-    assert relative(out, read_all(q, whole.k, whole.v)) < 1e-12
+    assert cache.num_tokens == cache.num_held == 6  # returned, not mutated
+    assert whole.num_tokens == whole.num_held == 11
+    keys, values = torch.cat((k, new_k), 1), torch.cat((v, new_v), 1)
+    assert relative(attend(q, whole), read_all(q, keys, values)) < 1e-12
     nothing = k[:, :0]
     with pytest.raises(ValueError, match="no rank holds a key"):
         attend(q, shard(nothing, nothing, Alone()))
+
+
+def test_a_new_token_copies_nothing_of_the_prompt() -> None:
+    k, v, _, new_k, new_v = prompt_and_tokens(6, torch.float64)
+    cache = shard(k, v, Alone())
+    for t in range(5):
+        cache = cache.append(new_k[:, t : t + 1], new_v[:, t : t + 1])
+    assert cache.k is k and cache.v is v
+
+
+def spread(first: int, lengths: list[int]) -> list[int]:
+    """Runs on a rank: the places of the tokens that it keeps, of some appended at once."""
+    k = torch.arange(float(sum(lengths))).view(1, -1, 1, 1)
+    empty = torch.zeros(1, first * (dist.get_rank() == 0), 1, 1)
+    cache = shard(empty, empty, choose_exchange("ring", dist.group.WORLD))
+    for part in k.split(lengths, 1):
+        cache = cache.append(part, part)
+    return cache.new_k.flatten().int().tolist()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("lengths", [[7], [1] * 7, [2, 0, 4, 1]])
+def test_the_token_t_of_all_is_kept_by_rank_t_mod_size(lengths: list[int]) -> None:
+    assert run_ranks(3, spread, 4, lengths) == [[2, 5], [0, 3, 6], [1, 4]]
 
 
 contexts = st.lists(st.integers(0, 40), max_size=9)

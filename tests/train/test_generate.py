@@ -12,15 +12,16 @@ from model.sampling import Sampling
 from tests.train.runs import longhaul
 from tests.train.runs import write as write_yaml
 from tests.train.tiny import Shards, tiny
-from train import generate
+from train import writing
 from train.checkpoints.snapshot import read_model
-from train.generate import Wanted, encoded, never, open_tokenizer, run, write
+from train.generate import run
+from train.writing import Wanted, encoded, never, open_tokenizer, write
 
 WORDS = ByteTokenizer()
 
 
 def tokens_of(text: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    monkeypatch.setattr(generate, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(writing, "PIECE_CHARACTERS", piece)
     return list(encoded(io.StringIO(text), WORDS, "text"))
 
 

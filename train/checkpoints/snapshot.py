@@ -178,21 +178,32 @@ def read_model(folder: Path, changes: Iterable[str] = ()) -> tuple[Decoder, Conf
     return load_model(*choose_checkpoint(folder), changes)
 
 
-def load_model(
-    path: Path, manifest: Manifest, changes: Iterable[str] = ()
-) -> tuple[Decoder, Config]:
-    """Return the model of a checkpoint that was chosen, and its configuration; see read_model."""
+def read_config(path: Path, manifest: Manifest, changes: Iterable[str] = ()) -> Config:
+    """Return the configuration of a checkpoint that was chosen, changed as read_model says."""
     overrides = parse_overrides(f"model.memory.{change}" for change in changes)
-    config = validate(
-        apply_overrides(manifest.config, overrides), source=str(path / "manifest.json")
-    )
+    return validate(apply_overrides(manifest.config, overrides), source=str(path / "manifest.json"))
+
+
+def load_model(
+    path: Path,
+    manifest: Manifest,
+    changes: Iterable[str] = (),
+    device: torch.device | None = None,
+) -> tuple[Decoder, Config]:
+    """Return the model of a checkpoint that was chosen, and its configuration; see read_model.
+
+    device: None takes a GPU where there is one.
+    """
+    config = read_config(path, manifest, changes)
     with torch.device("meta"):
         model_config = to_model_config(config, manifest.vocab_size)
         memory = model_config.memory
         if isinstance(memory, HmtMemory) and manifest.step < (memory.search_from or 0):
             model_config = replace(model_config, memory=replace(memory, search_from=None))
         model = Decoder(model_config, compute=to_compute_config(config))
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to_empty(device=device)
     stored = Stored(path, manifest)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

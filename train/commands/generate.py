@@ -57,18 +57,21 @@ def generate(
     """Continue a text of any length with a checkpoint; the text goes to stdout.
 
     The prompt is read segment by segment through the model's memory, so memory stays bounded
-    however long it is. Speed and state size go to stderr.
+    however long it is. A model without memory reads one segment at most; under torchrun its ranks
+    share the keys out. Speed and state size go to stderr.
 
     \b
     Examples:
       longhaul generate runs/quickstart --prompt book.txt --max-tokens 200 --temperature 0.8
       cat *.py | longhaul generate runs/quickstart --top-p 0.9 --stop 'def '
+      torchrun --no-python --nproc-per-node 4 longhaul generate runs/plain --prompt book.txt
     """  # noqa: D301
     from train.quiet import quieten_libraries
 
     quieten_libraries()
     from model.sampling import Sampling
-    from train.generate import Wanted, run
+    from train.generate import run
+    from train.writing import Wanted
 
     wanted = Wanted(max_tokens, Sampling(temperature, top_p, seed), tuple(stop or ()))
     code = run(

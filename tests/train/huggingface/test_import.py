@@ -30,10 +30,10 @@ from train import generate
 from train.checkpoints.folder import choose_checkpoint
 from train.checkpoints.snapshot import read_model
 from train.evaluation import evaluate
-from train.generate import Wanted
 from train.huggingface import folder as folders
 from train.huggingface.importing import import_folder
 from train.huggingface.loading import load_folder
+from train.writing import Wanted
 
 ROUNDING = 1e-5
 """float32, three layers: 2e-7 measured."""
