@@ -11,6 +11,7 @@ on a CPU too: it shows that the command works, and no number of it means anythin
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import subprocess
@@ -29,7 +30,14 @@ from benchmarks.length import MEMORIES
 from data.landmarks import insert_landmarks
 from data.streams import Batch
 from model.attention import Alone, Exchange, Visit, VisitBack, Whole
-from model.config import LandmarkMemory, MemoryConfig, ModelConfig, NoMemory
+from model.config import (
+    ArmtMemory,
+    ComputeConfig,
+    LandmarkMemory,
+    MemoryConfig,
+    ModelConfig,
+    NoMemory,
+)
 from model.decoder import Decoder
 from model.init import initialise
 from model.kernels import Blockwise, Kernel, choose_kernel
@@ -223,6 +231,33 @@ def grouped(tiny: bool) -> Table:
         yield [f"{length:,}", *cells, f"{took[1] / took[0]:.2f}"]
 
 
+def diagonals(tiny: bool) -> Table:
+    """Armt read and trained segment after segment, and by train.wavefront: tokens/s."""
+    yield ["segment", "segments", "pass", "in turn", "diagonals", "times"]
+    shape = (2, 64, 4, 2, 128, 16) if tiny else (16, 2048, 16, 4, 5632, 128)
+    config = ModelConfig(32000, *shape, memory=ArmtMemory(16, 64))
+    models = []
+    for wavefront in (False, True):
+        with DEVICE:
+            models.append(Decoder(config, compute=ComputeConfig("block", wavefront=wavefront)))
+        initialise(models[-1], config, 0)
+        models[-1].to(HALF)
+    for length, count in ((16, 3),) if tiny else ((512, 64), (1024, 32), (2048, 16)):
+        tokens = torch.randint(0, 32000, (1, count, length), device=DEVICE)
+        starts = torch.zeros(1, count, dtype=torch.bool, device=DEVICE)
+        for name, run in (("read", Decoder.read), ("trained", train_once)):
+            took = [seconds(functools.partial(run, model, tokens, starts), 5) for model in models]
+            rates = [f"{tokens.numel() / each:,.0f}" for each in took]
+            yield [f"{length:,}", str(count), name, *rates, f"{took[0] / took[1]:.2f}"]
+
+
+def train_once(model: Decoder, tokens: Tensor, starts: Tensor) -> None:
+    """Go forward and backward."""
+    scale = torch.tensor(1 / tokens.numel(), device=DEVICE)
+    model(tokens, starts, labels=tokens, scale=scale).loss.backward()
+    model.zero_grad()
+
+
 def both_ways(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], None]:
     """Return forward and backward of a kernel."""
 
@@ -336,7 +371,7 @@ def streaming(tiny: bool) -> Table:
 
 
 PARTS: dict[str, Callable[[bool], Table]] = {
-    part.__name__: part for part in (kernels, memories, step, grouped, ring, streaming)
+    part.__name__: part for part in (kernels, memories, step, grouped, diagonals, ring, streaming)
 }
 
 

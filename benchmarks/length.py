@@ -28,6 +28,7 @@ from model.config import (
     AbcMemory,
     ArmtMemory,
     CmabMemory,
+    ComputeConfig,
     FamMemory,
     HmtMemory,
     InfiniMemory,
@@ -62,14 +63,16 @@ Run = Callable[[], object]
 class Reader:
     """A model that reads one document, and what it knows at each length."""
 
-    def __init__(self, memory: MemoryConfig, segment: int = SEGMENT) -> None:
+    def __init__(
+        self, memory: MemoryConfig, segment: int = SEGMENT, compute: ComputeConfig | None = None
+    ) -> None:
         self.segment = segment
         self.marked = isinstance(memory, LandmarkMemory)
         self.block = memory.block if isinstance(memory, LandmarkMemory) else 0
         config = ModelConfig(
             VOCAB + self.marked, LAYERS, WIDTH, HEADS, KEY_HEADS, FFN, WIDTH // HEADS, memory=memory
         )
-        self.model = Decoder(config)
+        self.model = Decoder(config, compute=compute)
         initialise(self.model, config, 0)
         self.generator = torch.Generator().manual_seed(0)
 

@@ -5,7 +5,8 @@
 The model of benchmarks/length.py; 16 segments of one document, forward and backward with
 gradients through all of them, CPU seconds of one thread, medians of alternating rounds. "in turn":
 one segment a forward, each from the state that the one before left, one backward at the end: the
-same gradients. "none": the same model without a memory, all at once.
+same gradients. "none": the same model without a memory, all at once. "armt, diagonals": with
+train.wavefront.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 
 from benchmarks.length import MEMORIES, SEGMENT, Reader
 from data.streams import Batch
-from model.config import NoMemory
+from model.config import ComputeConfig, NoMemory
 
 COUNT = 16
+DIAGONALS = "armt, diagonals"
 
 
 def at_once(reader: Reader, batch: Batch) -> None:
@@ -52,7 +54,9 @@ def in_turn(reader: Reader, batch: Batch) -> None:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memories", default=";".join(MEMORIES), help="NAME;NAME;...")
+    parser.add_argument(
+        "--memories", default=";".join([*MEMORIES, DIAGONALS]), help="NAME;NAME;..."
+    )
     parser.add_argument("--segment", type=int, default=SEGMENT)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -62,7 +66,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     plain = Reader(NoMemory(), options.segment)
     for name in options.memories.split(";"):
-        reader = Reader(MEMORIES[name], options.segment)
+        compute = ComputeConfig(wavefront=name == DIAGONALS)
+        memory = MEMORIES["armt" if compute.wavefront else name]
+        reader = Reader(memory, options.segment, compute)
         batch, bare = (each.batch(COUNT, start=True) for each in (reader, plain))
         ways = {
             "at once": functools.partial(at_once, reader, batch),
