@@ -50,7 +50,7 @@ def configuration(options: argparse.Namespace) -> Config:
             "train": {
                 "steps": 1000, "batch_size": 1, "micro_batch": 1, "lr": 1e-3,
                 "precision": options.precision, "checkpointing": options.checkpointing,
-                "ffn_chunk": options.ffn_chunk, "schedule": "constant", "warmup_steps": 0,
+                "ffn_chunk": options.ffn_chunk, "loss_chunk": options.loss_chunk, "schedule": "constant", "warmup_steps": 0,
                 "compile": options.compile,
             },
         }
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--memory", default="none")
     parser.add_argument("--checkpointing", default="none")
     parser.add_argument("--ffn-chunk", type=int)
+    parser.add_argument("--loss-chunk", type=int, default=1024)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default="hf,hf-compiled,hf-compiled-heap")
