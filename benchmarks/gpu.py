@@ -42,7 +42,9 @@ from model.decoder import Decoder
 from model.init import initialise
 from model.kernels import Blockwise, Kernel, choose_kernel
 from model.local import FoldedSequence
+from model.memory.base import Carried
 from model.memory.grouped import GroupedSoftmax, choose_grouped
+from model.stream import Stream
 from parallel.mesh import build_mesh, start_processes
 from parallel.slicing import choose_layout
 from train.build import build, to_model_config
@@ -332,11 +334,14 @@ def attention(exchange: Exchange, full: list[Tensor]) -> Callable[[], None]:
 
 
 def streaming(tiny: bool) -> Table:
-    """The next chunk behind ever more tokens: tokens/s for each memory, and what the GPU holds."""
+    """The next chunk behind ever more tokens: tokens/s, and what the GPU holds at the end.
+
+    For each memory, and for the same model without one whose keys are all kept.
+    """
     lengths = [256, 512] if tiny else [8192, 131072, 1048576]
     yield ["memory", *(f"{length:,}" for length in lengths), "GiB at the end"]
     chunk = 64 if tiny else 2048
-    for name, memory in MEMORIES.items():
+    for name, memory in {**MEMORIES, "none, all keys": NoMemory()}.items():
         marked = isinstance(memory, LandmarkMemory)
         config = ModelConfig(
             32000 + marked,
@@ -347,27 +352,47 @@ def streaming(tiny: bool) -> Table:
             model = Decoder(config)
         initialise(model, config, 0)
         model.to(HALF)
-        cells, state, done = [], None, 0
-        with torch.no_grad():
-            for length in lengths:
-                took: list[float] = []
-                while done < length:
-                    batch = read(memory, 1, chunk, 32000)
-                    starts = torch.full_like(batch.starts, done == 0).to(DEVICE)
-                    tokens = batch.tokens.to(DEVICE)
-                    _wait()
-                    began = time.perf_counter()
-                    state = model.read(tokens, starts, state)
-                    _wait()
-                    took.append(time.perf_counter() - began)
-                    done += chunk
-                cells.append(f"{chunk / statistics.median(took[-15:]):,.0f}")
+        take = with_keys(model, lengths[-1]) if isinstance(memory, NoMemory) else with_state(model)
+        cells, done = [], 0
+        for length in lengths:
+            took: list[float] = []
+            while done < length:
+                tokens = read(memory, 1, chunk, 32000).tokens.to(DEVICE)
+                _wait()
+                began = time.perf_counter()
+                take(tokens)
+                _wait()
+                took.append(time.perf_counter() - began)
+                done += chunk
+            cells.append(f"{chunk / statistics.median(took[-15:]):,.0f}")
         held = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
         yield [name, *cells, f"{held:.2f}"]
-        del model, state
+        del model, take
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def with_state(model: Decoder) -> Callable[[Tensor], None]:
+    """Return what reads the next segments [B, N, S] of a document into the model's memory."""
+    state: Carried | None = None
+
+    def take(tokens: Tensor) -> None:
+        nonlocal state
+        starts = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        state = model.read(tokens, starts, state)  # a stream of no state begins a document
+
+    return take
+
+
+def with_keys(model: Decoder, most: int) -> Callable[[Tensor], None]:
+    """Return what reads the next tokens and keeps their keys, up to `most` of them."""
+    stream = Stream(model, most + 1)  # one segment, never complete
+
+    def take(tokens: Tensor) -> None:
+        stream.read(tokens.flatten(1))
+
+    return take
 
 
 PARTS: dict[str, Callable[[bool], Table]] = {

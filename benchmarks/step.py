@@ -50,8 +50,8 @@ def configuration(options: argparse.Namespace) -> Config:
             "train": {
                 "steps": 1000, "batch_size": 1, "micro_batch": 1, "lr": 1e-3,
                 "precision": options.precision, "checkpointing": options.checkpointing,
-                "ffn_chunk": options.ffn_chunk, "loss_chunk": options.loss_chunk, "schedule": "constant", "warmup_steps": 0,
-                "compile": options.compile,
+                "ffn_chunk": options.ffn_chunk, "loss_chunk": options.loss_chunk,
+                "schedule": "constant", "warmup_steps": 0, "compile": options.compile,
             },
         }
     )  # fmt: skip
