@@ -1,17 +1,25 @@
 """Tasks whose answer lies far back: does the model use what it carries?
 
-On tokens of a small vocabulary of their own, for models trained on nothing else: `passkeys`,
-`passkeys_at`, `associative_recall`, `multi_fact_recall`, `single_fact`. On text, for any model
-with a tokenizer: `make_prompts`.
+On tokens of a small vocabulary of their own, for models trained on nothing else (train.miniatures):
+`multi_fact_recall`. On text, for any model with a tokenizer: `make_prompts`.
 """
 
 from data.streams import IGNORE
 from data.tasks.filler import Filler, Unfit, corpus_texts
-from data.tasks.passkey import KEY_DIGITS, PASSKEY_VOCAB, passkeys, passkeys_at
 from data.tasks.prompt import Prompt
 from data.tasks.pubmedqa import PubMedQA, read_pubmedqa
-from data.tasks.recall import associative_recall, multi_fact_recall, single_fact
-from data.tasks.symbols import DIGITS, FILLER, KEY, QUERY, TokenTask, fill, vocab_size
+from data.tasks.recall import multi_fact_recall
+from data.tasks.symbols import (
+    DIGITS,
+    FILLER,
+    KEY,
+    KEY_DIGITS,
+    PASSKEY_VOCAB,
+    QUERY,
+    TokenTask,
+    fill,
+    vocab_size,
+)
 from data.tasks.text import EXACT_TASKS, TEXT_TASKS, Grid, check_task, make_prompts
 
 __all__ = [
@@ -30,15 +38,11 @@ __all__ = [
     "PubMedQA",
     "TokenTask",
     "Unfit",
-    "associative_recall",
     "check_task",
     "corpus_texts",
     "fill",
     "make_prompts",
     "multi_fact_recall",
-    "passkeys",
-    "passkeys_at",
     "read_pubmedqa",
-    "single_fact",
     "vocab_size",
 ]

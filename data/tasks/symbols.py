@@ -21,6 +21,9 @@ DIGITS = 10
 KEY, QUERY = FILLER + DIGITS, FILLER + DIGITS + 1
 FIRST_VALUE, VALUES = 32, 32
 FIRST_NAME = FIRST_VALUE + VALUES
+PASSKEY_VOCAB = FIRST_VALUE
+"""Of one key of KEY_DIGITS digits, without a name."""
+KEY_DIGITS = 4
 
 
 class TokenTask(NamedTuple):
@@ -44,20 +47,6 @@ def fill(rng: np.random.Generator, batch: int, segments: int, segment_len: int) 
     in between as the distance needs: nothing of that length has to be held.
     """
     return rng.integers(0, FILLER, (batch, segments, segment_len))
-
-
-def choose_slots(
-    rng: np.random.Generator, batch: int, segments: int, slots: int, count: int
-) -> Int64Array:
-    """Return [B, count] different slots of segments * slots, each row in ascending order."""
-    if count > segments * slots:
-        raise ValueError(
-            f"{count} facts do not fit into {segments} segments of {slots} places each; use fewer"
-            f" facts, more segments or a longer segment_len"
-        )
-    scores = rng.random((batch, segments * slots))
-    chosen = np.argpartition(scores, count - 1, axis=1)[:, :count]
-    return np.sort(chosen, axis=1)
 
 
 def slots_of(segment_len: int, width: int) -> int:

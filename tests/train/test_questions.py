@@ -12,13 +12,13 @@ from torch import Tensor
 
 from data.shards import write_corpus
 from data.streams import IGNORE
-from data.tasks import Prompt, associative_recall, passkeys
+from data.tasks import Prompt
 from data.tokenizer import ByteTokenizer
 from model.config import FamMemory, MemoryConfig, ModelConfig, NoMemory, WindowMemory
 from model.decoder import Decoder
 from model.init import initialise
 from tests.train.runs import small
-from train.evaluation.answers import Answered, DecoderReader, lay_out, measure, measure_task
+from train.evaluation.answers import Answered, DecoderReader, lay_out, measure
 from train.evaluation.questions import Place, count_prompts, describe, run_tasks, summarise
 from train.settings.config import validate
 
@@ -246,29 +246,6 @@ def test_logits_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         pieces = reader.logits(tokens, state, wanted)
     assert whole.shape == (int(wanted.sum()), 257)
     torch.testing.assert_close(pieces, whole)  # other batch sizes, other order of sums
-
-
-def test_a_token_task_is_answered_as_in_one_call() -> None:
-    model = make_model(FamMemory(4, 0), vocab_size=32)
-    task = passkeys(np.random.default_rng(0), batch=8, segments=3, segment_len=16, distance=2)
-    # Ask for what the model says anyway in half of the rows, so that some are right.
-    tokens, starts = torch.from_numpy(task.tokens), torch.zeros(8, 3, dtype=torch.bool)
-    for place in range(-4, 0):
-        with torch.no_grad():
-            said = model(tokens, starts)[0].argmax(-1)
-        task.tokens[::2, -1, place] = said[::2, -1, place - 1]
-    task.labels[:, -1, -5:-1] = task.tokens[:, -1, -4:]
-    found = measure_task(DecoderReader(model), task)
-    assert [answer.on for answer in found] == [True, False] * 4
-    assert all(answer.far for answer in found)
-    assert not all(answer.off or answer.shuffled for answer in found[::2])
-
-
-def test_a_copier_recalls_pairs() -> None:
-    rng = np.random.default_rng(0)
-    task = associative_recall(rng, batch=8, segments=4, segment_len=32, pairs=6)
-    found = measure_task(Copier(1), task)
-    assert all(answer.on and not answer.off for answer in found)
 
 
 def answers(*right: tuple[int, int, int], n: int = 20) -> list[tuple[Place, list[Answered]]]:

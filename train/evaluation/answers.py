@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.streams import IGNORE
-from data.tasks import Prompt, TokenTask, Unfit
+from data.tasks import Prompt, Unfit
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.memory.base import State, map_tensors
@@ -146,21 +146,6 @@ def measure(
         for i, row, on, off, shuffled in zip(numbers, group, *right, strict=True):
             results[i] = Answered(on, off, shuffled, row.far)
     return [results[i] for i in range(len(rows))]
-
-
-@torch.no_grad()
-def measure_task(
-    reader: Reader, task: TokenTask, *, prepare_batch: PrepareBatch | None = None
-) -> list[Answered]:
-    """Return the answers to a token-level task: all its labelled tokens right, row by row."""
-    tokens, labels = torch.from_numpy(task.tokens), torch.from_numpy(task.labels[:, -1:])
-    far = (task.gold < tokens.shape[1] - 1).tolist()
-    state = _read(reader, tokens, prepare_batch)
-    right = [
-        _score(reader, tokens[:, -1:], labels, condition, prepare_batch)[0].tolist()
-        for condition in _conditions(state)
-    ]
-    return [Answered(*row) for row in zip(*right, far, strict=True)]
 
 
 def lay_out(prompt: Prompt, tokenizer: Tokenizer, segment_len: int) -> _Row:
