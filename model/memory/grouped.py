@@ -27,14 +27,18 @@ _SCORES = 2**26
 
 def choose_grouped(q: Tensor, block: int) -> GroupedSoftmax:
     """Return the fastest kernel that takes q's device and type, and such blocks."""
-    dims = q.shape[-1]
-    most = 64 if q.dtype == torch.float32 else 128  # what a multiprocessor's shared memory holds
-    fits = block <= most and 16 <= dims <= most and dims & (dims - 1) == 0
-    if q.device.type == "cuda" and q.dtype != torch.float64 and fits and find_spec("triton"):
+    if fuses(q.device.type, q.dtype, q.shape[-1], block) and find_spec("triton"):
         from model.memory.grouped_triton import GroupedTriton
 
         return GroupedTriton(block)
     return GroupedSoftmax(block)
+
+
+def fuses(device: str, dtype: torch.dtype, head_dim: int, block: int) -> bool:
+    """Return whether a device ("cuda", "cpu") takes such blocks in one kernel, without scores."""
+    most = 64 if dtype == torch.float32 else 128  # what a multiprocessor's shared memory holds
+    fits = block <= most and 16 <= head_dim <= most and head_dim & (head_dim - 1) == 0
+    return device == "cuda" and dtype != torch.float64 and fits
 
 
 class GroupedKernel:

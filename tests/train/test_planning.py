@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from model.config import LandmarkMemory
 from train.build import build, to_model_config
 from train.cli import app
 from train.planning import load_cluster, plan
@@ -92,6 +94,21 @@ def test_activations_are_within_a_tenth_of_a_dry_run(changes: str) -> None:
     assert activations(config, model, shapes_of(config, WORLD)).total == pytest.approx(
         counted, rel=0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "block", "fused"),
+    [("bf16", 128, True), ("fp32", 64, True), ("fp32", 128, False), ("bf16", 256, False)],
+)
+def test_a_gpu_holds_no_scores_of_landmarks_that_its_kernel_takes(
+    precision: str, block: int, fused: bool
+) -> None:
+    config = small("model.memory=landmark", f"train.precision={precision}")
+    memory = LandmarkMemory(block)
+    model = replace(to_model_config(config, VOCAB), memory=memory)
+    shapes = shapes_of(config, WORLD)
+    host, gpu = (activations(config, model, shapes, device).total for device in ("cpu", "cuda"))
+    assert (gpu < host) is fused
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from model.config import MemoryConfig, ModelConfig
+import torch
+
+from model.config import LandmarkMemory, MemoryConfig, ModelConfig
 from model.memory.armt import ROLLS
+from model.memory.grouped import fuses
 from train.planning.shapes import Shapes, part_at_once, rows_in_turn
 from train.planning.states import WIDE, layer_state, parts_of
 from train.planning.weights import count_weights
@@ -72,8 +75,13 @@ class Activations(NamedTuple):
         ) + self.stacked
 
 
-def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activations:
-    """Return the bytes at the worst moment: the loss, or the backward of the head or of a layer."""
+def activations(
+    config: Config, model: ModelConfig, shapes: Shapes, device: str = "cpu"
+) -> Activations:
+    """Return the bytes at the worst moment: the loss, or the backward of the head or of a layer.
+
+    device: "cuda" has kernels that a CPU has not.
+    """
     s = _Sizes(model, shapes)
     mode, layers = config.train.checkpointing, model.num_layers
     token_layer, memory_layer = _kept(s, "none", config), _memory_kept(s, model.memory)
@@ -112,7 +120,7 @@ def activations(config: Config, model: ModelConfig, shapes: Shapes) -> Activatio
         moment(recomputed=again - inner - dx, backward=dx + at_norm * part),
         moment(
             recomputed=again - before,
-            backward=dx + _attention_backward(s, model.memory) * part,
+            backward=dx + _attention_backward(s, model.memory, device) * part,
             messages=ring,
         ),
     ]
@@ -181,13 +189,13 @@ def _ffn_backward(s: _Sizes, config: Config) -> float:
     return inner + e * s.width * s.ffn
 
 
-def _attention_backward(s: _Sizes, memory: MemoryConfig) -> float:
+def _attention_backward(s: _Sizes, memory: MemoryConfig, device: str) -> float:
     """Return what stands beside a layer's kept tensors while its attention goes backward."""
     e = s.shapes.element
     pieces = s.shapes.cp > 1 or s.model.window or memory.name not in ("none", "window")
     wide = WIDE if pieces else 0
     gradients = s.rows * ((2 * e + wide) * s.queries + 2 * (e + wide) * s.keys * s.reach)
-    return gradients + _kernel(s, memory)
+    return gradients + _kernel(s, memory, device)
 
 
 def _gathered(s: _Sizes) -> float:
@@ -195,9 +203,12 @@ def _gathered(s: _Sizes) -> float:
     return s.shapes.element * s.rows * s.width if s.shapes.scattered > 1 else 0.0
 
 
-def _kernel(s: _Sizes, memory: MemoryConfig) -> float:
+def _kernel(s: _Sizes, memory: MemoryConfig, device: str) -> float:
     """Return the scores that an unfused kernel holds: landmark's, 256 rows of queries at a time."""
-    if memory.name != "landmark":
+    if not isinstance(memory, LandmarkMemory):
+        return 0.0
+    dtype = torch.bfloat16 if s.shapes.element == 2 else torch.float32
+    if fuses(device, dtype, s.model.head_dim, memory.block):
         return 0.0
     heads = s.shapes.batch * s.shapes.segments * s.model.num_heads / s.shapes.tp
     scores = min(2**26, heads * min(256, s.shapes.length) * s.shapes.length)

@@ -19,7 +19,7 @@ Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(parse_real)]
 class Device(Section):
     """One GPU, or one CPU process."""
 
-    kind: Literal["cuda", "cpu"] = Field(description="Decides how DeepSpeed reduces.")
+    kind: Literal["cuda", "cpu"] = Field(description="Decides how DeepSpeed reduces, and kernels.")
     peak_bf16: Positive = Field(description="FLOP/s of dense bfloat16 products, data sheet.")
     peak_fp32: Positive = Field(description="FLOP/s of float32 products as torch runs them.")
     matmul: Share = Field(description="Share of the peak that large products reach.")

@@ -96,7 +96,7 @@ def memory_of(
         element=shapes.element,
         cuda=cuda,
     )
-    work = activations(config, model, shapes)
+    work = activations(config, model, shapes, cluster.device.kind)
     micro_batches = config.train.batch_size // shapes.dp // config.train.micro_batch
     parts = {
         "parameters": zero.parameters,
