@@ -42,12 +42,23 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 _SCORES = 2**26
 """Landmark scores held at once: 256 MiB in float32."""
 
-NEWER = 2**-20
-"""What a block's score gains on the one before it. In the lowest layer all landmarks are one and
-the same key, and topk breaks ties as it likes, differently with gradients and without."""
-
 _GATHERED = 2**24
 """Numbers of keys held at once for rows that choose for themselves: 64 MiB, and of values too."""
+
+
+def newest_of_best(scores: Tensor, count: int) -> Tensor:
+    """Return the places of the `count` greatest of scores [..., n], rising: [..., count] int64.
+
+    Of equal ones the last. In the lowest layer all landmarks are one and the same key, and topk
+    breaks ties as it likes, differently with gradients and without. nan is the least of all.
+    """
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    least = scores.topk(count, -1).values[..., -1:]
+    above, at_least = scores > least, scores == least
+    wanted = count - above.sum(-1, keepdim=True)
+    from_the_end = at_least.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+    chosen = above | (at_least & (from_the_end <= wanted))
+    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], count)
 
 
 class Retrieved(NamedTuple):
@@ -175,9 +186,7 @@ class _Queries:
 
     def _best(self, scores: Tensor) -> Tensor:
         """Return the numbers in the store of the best blocks, rising; -1 first where too few."""
-        # Where all is hidden the softmax was nan, and nan would be best.
-        age = torch.arange(self.count, device=scores.device) * NEWER
-        number = (self._hide(scores) + age).topk(min(self.top_k, self.count), -1).indices
+        number = newest_of_best(self._hide(scores), min(self.top_k, self.count))
         number = number.masked_fill(number < self.store.first.view(-1, 1, 1, 1), -1)
         missing = self.top_k - number.shape[-1]
         number = torch.nn.functional.pad(number, (missing, 0), value=-1)

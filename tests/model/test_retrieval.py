@@ -13,7 +13,7 @@ from model.memory import retrieval as module
 from model.memory.base import detach, map_tensors
 from model.memory.block_store import BlockStore, append, empty_store, forget, mapped
 from model.memory.grouped import GroupedSoftmax, grouped
-from model.memory.retrieval import Granularity, Retrieved, retrieve
+from model.memory.retrieval import Granularity, Retrieved, newest_of_best, retrieve
 from model.rope import rope_tables, rotate
 from tests.compare import relative
 
@@ -343,6 +343,27 @@ def test_gradients_of_rows_without_a_past_are_numbers() -> None:
     reads = torch.autograd.grad(read(q, store, 2).out.sum(), (q, k, v))
     for grad in reads:
         assert torch.equal(grad[0], torch.zeros_like(grad[0]))
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0, 1e4])
+def test_of_equal_scores_the_newest_are_chosen_however_many_blocks(size: float) -> None:
+    """No score gains by its place: a better one is found a million blocks back."""
+    scores = torch.full((2, 1 << 20), size)
+    scores[0, 7] += 1e-2 * size
+    scores[1, -1] -= 1e-2 * size
+    last = (1 << 20) - 1
+    found = newest_of_best(scores, 3)
+    assert found.tolist() == [[7, last - 1, last], [last - 3, last - 2, last - 1]]
+
+
+def test_the_best_are_what_a_sort_gives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-3, 3, (50, 2, 12), generator=generator).float()
+    scores[scores == -3] = float("-inf")
+    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(newest_of_best(scores, 4), (11 - order[..., :4]).sort(-1).values)
+    scores[0, 0] = float("nan")  # of a step that diverges, which the loss will say
+    assert newest_of_best(scores, 4)[0, 0].tolist() == [8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("granularity", ["heads", "tokens"])

@@ -19,6 +19,7 @@ from model.config import (
     WindowMemory,
     compose,
 )
+from model.memory import MEMORIES
 from model.memory.base import named_tensors
 from tests.model.small import VOCAB, build, config_of
 
@@ -52,8 +53,8 @@ def state_bytes(state: Any) -> int:
     return sum(x.numel() * x.element_size() for x in named_tensors(state, "").values())
 
 
-def stream(memory: MemoryConfig, segments: int) -> None:
-    """Assert that logits and state are finite all the way, and the state as large as at first."""
+def stream(memory: MemoryConfig, segments: int) -> set[int]:
+    """Assert that logits and state are finite all the way; return the sizes of the state."""
     model = build(config_of(memory), torch.float32)
     generator = torch.Generator().manual_seed(0)
     starts = torch.zeros(1, AT_ONCE, dtype=torch.bool)
@@ -66,12 +67,21 @@ def stream(memory: MemoryConfig, segments: int) -> None:
         for name, x in named_tensors(state, "").items():
             assert x.isfinite().all(), name  # weights of slots too: they have been written
         sizes.add(state_bytes(state))
-    assert len(sizes) == 1
+    return sizes
+
+
+def test_every_memory_is_here() -> None:
+    assert {memory.name for memory in (IN_A_LAYER | IN_TURN).values()} == MEMORIES.keys()
 
 
 @pytest.mark.parametrize("memory", IN_A_LAYER.values(), ids=IN_A_LAYER.keys())
 def test_10000_segments_stay_finite_in_a_state_of_one_size(memory: MemoryConfig) -> None:
-    stream(memory, 10_000)
+    assert len(stream(memory, 10_000)) == 1
+
+
+@pytest.mark.parametrize("segments", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_what_is_retrieved_stays_finite_while_the_store_grows(segments: int) -> None:
+    assert len(stream(LandmarkMemory(block=2, window=1, retrieve=2), segments)) > 1
 
 
 @pytest.mark.parametrize("memory", IN_TURN.values(), ids=IN_TURN.keys())
@@ -79,4 +89,4 @@ def test_10000_segments_stay_finite_in_a_state_of_one_size(memory: MemoryConfig)
 def test_segments_in_turn_stay_finite_in_a_state_of_one_size(
     memory: MemoryConfig, segments: int
 ) -> None:
-    stream(memory, segments)
+    assert len(stream(memory, segments)) == 1

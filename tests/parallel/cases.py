@@ -35,6 +35,7 @@ MEMORIES: dict[str, Memory] = {
         {"name": "abc", "slots": 2},
     ],
     "landmark": {"name": "landmark", "block": 2, "window": 1},
+    "landmark-retrieve": {"name": "landmark", "block": 2, "window": 1, "retrieve": 2},
     "landmark-last": {"name": "landmark", "block": 2, "window": 1, "layers": "last"},
     "rmt": {"name": "rmt", "slots": 4, "state": "norm", "offset": True},
     "rmt-causal": {"name": "rmt", "slots": 2, "mask": "causal", "window": 1},

@@ -15,10 +15,19 @@ import pytest
 import torch
 
 from model.config import ComputeConfig
-from tests.parallel.cases import CLIP, Case, config_of, differences_of, reference, subject_of
+from tests.parallel.cases import (
+    CLIP,
+    MEMORIES,
+    Case,
+    config_of,
+    differences_of,
+    reference,
+    subject_of,
+)
 from tests.parallel.covering import covering, pairs_of
 from train.checking import plain
 from train.checking.compare import FLOORS
+from train.settings.memories import MEMORY_CONFIGS
 
 VALUES: dict[str, list[Any]] = {
     "memory": ["fam", "window", "none", "infini", "infini-delta", "abc", "cmab", "composed"]
@@ -75,6 +84,7 @@ OTHERS = [
     Case(tensor="TP2+SP", cp=2, stage=2, memory="rmt-causal"),
     Case(cp=2, memory="hmt-stage-1", stage=3),
     Case(cp=2, windows=2, memory="landmark-last", stage=2),
+    Case(tensor="TP2+SP", windows=2, memory="landmark-retrieve", stage=3),
     Case(cp=2, windows=2, memory="rmt"),
     Case(cp=2, windows=4, memory="rmt", stage=2),
     Case(dp=2, windows=4, memory="armt", stage=3),
@@ -113,6 +123,11 @@ def marked(cases: list[Case]) -> list[Any]:
         )
         for case in cases
     ]
+
+
+def test_every_memory_is_in_the_cover() -> None:
+    covered = {MEMORIES[name]["name"] for name in VALUES["memory"] if name != "composed"}
+    assert covered == MEMORY_CONFIGS.keys()
 
 
 @pytest.mark.gloo
