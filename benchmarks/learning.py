@@ -260,7 +260,8 @@ def plot(runs: Runs, path: Path) -> None:
                 means, halves = zip(*(_interval(x) for x in zip(*rows, strict=True)), strict=True)
                 axes.errorbar(places, means, halves, fmt=".-", lw=1, ms=4, capsize=2, label=label)
         axes.axhline(0.0, color="0.7", lw=1, ls=":")
-        axes.set_title(f"{name} ({len(runs[name])} seeds)", fontsize=9)
+        many = len(runs[name])
+        axes.set_title(f"{name} ({many} seed{'s' * (many > 1)})", fontsize=9)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     grid[0, 0].set(xscale="log", ylim=(-0.45, 0.45))
