@@ -14,6 +14,7 @@ between a stacked block's maps may cut its rows: a part of them would meet the w
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
@@ -164,9 +165,14 @@ def _some(stacked: Any, layers: slice) -> Any:
 
 
 def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
-    """Return a module like this one, with other submodules."""
+    """Return a module like this one, with other submodules.
+
+    What a tool has hung on the one module (a forward of its own, hooks that name its layer) is not
+    for all of them.
+    """
     other = copy.copy(module)
-    other.__dict__.pop("forward", None)  # put there by a tool, it would run the one module's own
+    other.__dict__.pop("forward", None)
+    other._forward_hooks, other._forward_pre_hooks = OrderedDict(), OrderedDict()
     other._modules = dict(children)
     return other
 

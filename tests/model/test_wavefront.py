@@ -75,15 +75,19 @@ def test_calls_grow_with_segments_and_layers_not_with_their_product() -> None:
     assert [rows // 10 for rows in diagonal] == [1, 2, 3, 4, 4, 4, 3, 2, 1]
 
 
-def test_a_forward_that_a_tool_has_put_on_a_layer_is_not_taken_for_all() -> None:
+def test_what_a_tool_has_hung_on_a_layer_is_not_taken_for_all() -> None:
     config, batch = config_of(ArmtMemory(slots=3, key_dim=4), num_layers=3), batch_of(2, 5, 6)
     plain, wave = build(config), build(config, compute=WAVE)
+    called: list[torch.nn.Module] = []
     for module in wave.blocks.modules():
         module.forward = module.forward
+    for block in wave.blocks:
+        block.register_forward_hook(lambda block, *rest: called.append(block))
     with torch.no_grad():
         expected, _ = plain(batch.tokens, batch.starts)
         logits, _ = wave(batch.tokens, batch.starts)
     assert relative(logits, expected) < EXACT
+    assert not called
 
 
 def test_streaming_reads_what_training_does() -> None:
