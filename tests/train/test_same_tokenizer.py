@@ -121,6 +121,12 @@ def test_evaluating_on_data_of_another_one_is_refused(run: Path, foreign: Shards
     assert_refused(ended, [given, "prepare it with the model's own, --tokenizer FILE"])
 
 
+def test_exporting_another_one_is_refused(run: Path, permuted: Path, tmp_path: Path) -> None:
+    ended = longhaul("export", run, tmp_path / "hf", "--tokenizer", permuted)
+    assert_refused(ended, [f"{permuted} is another", "name the model's own by --tokenizer FILE"])
+    assert not (tmp_path / "hf").exists()
+
+
 def test_an_older_checkpoint_is_read_and_compared_by_size(
     run: Path, permuted: Path, tmp_path: Path, prompt: Path
 ) -> None:
