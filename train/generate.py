@@ -27,7 +27,8 @@ from model.homer import merge_context, plan_merge, truncated
 from model.memory.base import named_tensors
 from model.stream import Stream
 from train import generate_ranks
-from train.checkpoints.snapshot import read_model
+from train.checkpoints.folder import choose_checkpoint
+from train.checkpoints.snapshot import load_model
 from train.settings.config import Config
 from train.writing import (
     Next,
@@ -40,7 +41,6 @@ from train.writing import (
     room_of,
     say,
     show,
-    tokenizer_file,
     write,
 )
 
@@ -71,8 +71,9 @@ def run(
         return generate_ranks.run(
             checkpoint, prompt, wanted, context=context, tokenizer=tokenizer, changes=changes
         )
-    model, config = read_model(checkpoint, changes)
-    words = open_tokenizer(model, config, tokenizer_file(checkpoint, tokenizer))
+    path, manifest = choose_checkpoint(checkpoint)
+    model, config = load_model(path, manifest, changes)
+    words = open_tokenizer(model, config, path, manifest, tokenizer)
     with opened(prompt) as file:
         pieces = encoded(file, words, "standard input" if prompt == "-" else prompt)
         if isinstance(model.config.memory, NoMemory):

@@ -37,7 +37,6 @@ from train.writing import (
     room_of,
     say,
     show,
-    tokenizer_file,
     write,
 )
 
@@ -97,9 +96,11 @@ def _run(
 ) -> None:
     first, size = dist.get_rank() == 0, dist.get_world_size()
     path = of_first(lambda: _choose(checkpoint, context, changes, size))
-    model, config = together(lambda: load_model(path, read_manifest(path), changes, _device()))
-    file = tokenizer_file(checkpoint, tokenizer)
-    words = together(lambda: open_tokenizer(model, config, file) if first else None)
+    manifest = together(lambda: read_manifest(path))
+    model, config = together(lambda: load_model(path, manifest, changes, _device()))
+    words = together(
+        lambda: open_tokenizer(model, config, path, manifest, tokenizer) if first else None
+    )
     tokens = of_first(lambda: _read_tokens(prompt, words, config, wanted, context))
     assert dist.group.WORLD is not None
     exchange = choose_exchange("ring", dist.group.WORLD)

@@ -107,9 +107,7 @@ class Pretraining:
         self.config, self.inputs, self.course, self.built = config, inputs, course, built
         self.mesh, self.stop = mesh, stop
         self.watch, self.timeline, self.pulse = watch, watch.timeline, watch.pulse
-        self.folder = RunFolder(
-            config, built, mesh, inputs.train.fingerprint, timeout_s=watch.backstop_s
-        )
+        self.folder = RunFolder(config, built, mesh, inputs.train, timeout_s=watch.backstop_s)
         self.reporter = Reporter(config, inputs, course, built, mesh, watch, self.folder)
         self.step = 0  # done, for whoever asks after an error
 

@@ -18,7 +18,8 @@ from data.wide import WideCorpus
 from model.config import LandmarkMemory
 from model.decoder import Decoder
 from model.sampling import Sampler, Sampling
-from train.huggingface.tokenizer_files import TOKENIZER, imported_home
+from train.checkpoints.manifest import Manifest
+from train.huggingface.tokenizer_files import TOKENIZER, imported_home, require_same_tokenizer
 from train.remote import open_remote
 from train.settings.config import Config
 
@@ -44,8 +45,16 @@ class Wanted:
             raise ValueError("stop: '' is in every text; give the text to stop at")
 
 
-def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokenizer:
-    """Return the tokenizer of the run's data, or of a file, checked against the model."""
+def open_tokenizer(
+    model: Decoder, config: Config, checkpoint: Path, manifest: Manifest, file: Path | None
+) -> Tokenizer:
+    """Return a checkpoint's tokenizer: of a file, else an imported model's, else the run's data's.
+
+    Raises ValueError where it cannot be read, or is not the one that the model was trained with.
+    """
+    home = imported_home(checkpoint)
+    if file is None and home is not None:
+        file = home / TOKENIZER
     if file is None:
         folder = config.data.valid or config.corpora[0].path
         try:
@@ -56,21 +65,18 @@ def open_tokenizer(model: Decoder, config: Config, file: Path | None) -> Tokeniz
                 f"the run's tokenizer lies in its data, {shown_folder(folder)}, which cannot be"
                 f" read ({error}); give the same one with --tokenizer FILE"
             ) from None
+        given = f"{shown_folder(folder)} was prepared with"
     else:
-        words = load_tokenizer(str(file))
+        words, given = load_tokenizer(str(file)), f"{file} is"
     ids = model.config.vocab_size - isinstance(model.config.memory, LandmarkMemory)
     if words.vocab_size > ids:
         raise ValueError(
             f"the tokenizer has {words.vocab_size} ids and the model reads {ids}: it was trained"
             " with another one; give that one with --tokenizer FILE"
         )
+    remedy = "give the model's own with"
+    require_same_tokenizer(checkpoint, manifest, words.sha256, given, remedy)
     return words
-
-
-def tokenizer_file(checkpoint: Path, given: Path | None) -> Path | None:
-    """Return the tokenizer's file: the given one, else an imported model's; None: the run's own."""
-    home = imported_home(checkpoint)
-    return home / TOKENIZER if given is None and home is not None else given
 
 
 def never(model: Decoder, words: Tokenizer) -> list[int]:

@@ -254,7 +254,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 
 def save_at_the_beginning(config: Config) -> None:
     built, mesh, inputs = build_tiny(config)
-    RunFolder(config, built, mesh, inputs.train.fingerprint).save_now(TrainState())
+    RunFolder(config, built, mesh, inputs.train).save_now(TrainState())
 
 
 def weights_at_the_beginning(name: str, folder: Path, shards: Shards) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def go_on(raw: dict[str, Any], steps: int) -> Seen:
     """Resume where the folder's newest checkpoint stands, train so many steps, and save."""
     config = validate(raw)
     built, mesh, inputs = build_tiny(config)
-    folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
+    folder = RunFolder(config, built, mesh, inputs.train)
     state = folder.resume(lambda text: None)
     batches = read_steps(config, inputs, mesh, state.step + steps)[state.step :]
     positions = [batch.first_position for step in batches for batch in step]

@@ -71,7 +71,7 @@ def live(raw: dict[str, Any]) -> Life:
 
 
 def folder(config: Config, run: tuple[Built, Mesh, Inputs]) -> RunFolder:
-    return RunFolder(config, run[0], run[1], run[2].train.fingerprint)
+    return RunFolder(config, run[0], run[1], run[2].train)
 
 
 def everything(built: Built, state: TrainState) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ def start_all(folders: list[Path], shards: Shards) -> list[Start]:
         said: list[str] = []
         config = validate(settings(folder, shards))
         try:
-            runs = RunFolder(config, built, mesh, inputs.train.fingerprint)
+            runs = RunFolder(config, built, mesh, inputs.train)
             step: int | None = runs.resume(said.append).step
         except ValueError as error:
             step = None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.tokenizer import ByteTokenizer
 from tests.train.attempts import (
     finish,
     forked,
@@ -27,7 +28,7 @@ from tests.train.tiny import Shards, prepare_shards, tiny
 from train.checkpoints.manifest import list_checkpoints, read_manifest, verify
 from train.settings.config import Config, ConfigError, validate
 from train.starting.changes import find_changes
-from train.starting.fork import PARENT, begin_fork, plan_fork, what_is_kept
+from train.starting.fork import PARENT, Data, begin_fork, plan_fork, what_is_kept
 from train.starting.start import open_run
 from train.verify import verify as verify_runs
 
@@ -121,10 +122,15 @@ def test_other_data_begin_at_their_beginning_with_weights_and_moments(
     remove(child)
 
 
-def begun(config: Config, name: str, fingerprint: str = "other", vocab_size: int = 257) -> Path:
+OTHER = Data("other", 257, ByteTokenizer().sha256)
+"""Another corpus, of the same tokenizer."""
+
+
+def begun(config: Config, name: str, fingerprint: str = OTHER.fingerprint) -> Path:
     """Make a fork's folder without training; return its checkpoint."""
-    fork = plan_fork(config, name, fingerprint, vocab_size)
-    begin_fork(fork, fingerprint, vocab_size, lambda text: None)
+    data = OTHER._replace(fingerprint=fingerprint)
+    fork = plan_fork(config, name, data)
+    begin_fork(fork, data, lambda text: None)
     (checkpoint,) = list_checkpoints(fork.config.run_dir / "checkpoints")
     return checkpoint
 
@@ -213,16 +219,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     damaged = tmp_path / "damaged"
     shutil.copytree(parent, damaged)
     named = flip_bit(damaged / "checkpoints/step-00000006", random.Random(0))
-    fork = plan_fork(validate(settings(damaged, shards, seed=3)), "child", "other", 257)
+    fork = plan_fork(validate(settings(damaged, shards, seed=3)), "child", OTHER)
     said: list[str] = []
-    begin_fork(fork, "other", 257, said.append)
+    begin_fork(fork, OTHER, said.append)
     assert named in said[0]
     assert "step-00000004" in said[1]
 
 
 def refuse(config: Config, name: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        plan_fork(config, name, "other", 257)
+        plan_fork(config, name, OTHER)
     return str(caught.value)
 
 

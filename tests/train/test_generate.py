@@ -13,7 +13,8 @@ from tests.train.runs import longhaul
 from tests.train.runs import write as write_yaml
 from tests.train.tiny import Shards, tiny
 from train import writing
-from train.checkpoints.snapshot import read_model
+from train.checkpoints.folder import choose_checkpoint
+from train.checkpoints.snapshot import load_model, read_model
 from train.generate import run
 from train.writing import Wanted, encoded, never, open_tokenizer, write
 
@@ -181,11 +182,12 @@ def test_files_that_are_no_prompt_are_refused(runs: dict[str, Path], tmp_path: P
         run(runs["fam"], str(tmp_path / "bytes"), SHORT)
 
 
-def test_another_tokenizer_is_refused(runs: dict[str, Path]) -> None:
-    model, config = read_model(runs["fam"])
+def test_data_that_are_gone_have_their_tokenizer_named(runs: dict[str, Path]) -> None:
+    path, manifest = choose_checkpoint(runs["fam"])
+    model, config = load_model(path, manifest)
     gone = config.model_copy(
         update={"data": config.data.model_copy(update={"train": Path("gone"), "valid": None})}
     )
     with pytest.raises(ValueError, match="give the same one with --tokenizer FILE"):
-        open_tokenizer(model, gone, None)
+        open_tokenizer(model, gone, path, manifest, None)
     assert never(model, WORDS) == []

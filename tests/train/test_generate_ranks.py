@@ -20,7 +20,7 @@ from tests.model.small import build, config_of
 from tests.ranks import run_ranks
 from tests.train.runs import ROOT, longhaul
 from tests.train.runs import write as write_yaml
-from tests.train.tiny import Shards, tiny
+from tests.train.tiny import Shards, tiny, write_permuted
 from train.generate import run
 from train.generate_ranks import Agreed, follow, leading, of_first, together
 from train.sharded import read_prompt
@@ -142,6 +142,16 @@ def test_what_rank_0_refuses_ends_all_ranks(
     assert first.error.startswith("ValueError: ") or first.error.startswith("ConfigError: ")
     assert re.search(message, first.error) and (first.out, first.err) == ("", "")
     assert other == Shown("", "", "")
+
+
+@pytest.mark.gloo
+def test_another_tokenizer_of_as_many_ids_ends_all_ranks(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_permuted(tmp_path)
+    first, second = on_ranks(2, runs["none"], tmp_path, "x", GREEDY, tokenizer=other)
+    assert first.error.startswith(f"ValueError: {other} is another tokenizer (sha256 ")
+    assert (first.out, first.err) == ("", "") and second == Shown("", "", "")
 
 
 def failing(error: Exception) -> tuple[str, str]:

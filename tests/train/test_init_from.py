@@ -430,7 +430,7 @@ def test_a_damaged_manifest(tmp_path: Path, shards: Shards, base: Path) -> None:
 
 def save_here(raw: dict[str, Any]) -> None:
     built, mesh, inputs = build_tiny(validate(raw))
-    RunFolder(validate(raw), built, mesh, inputs.train.fingerprint).save_now(TrainState(step=3))
+    RunFolder(validate(raw), built, mesh, inputs.train).save_now(TrainState(step=3))
 
 
 def test_the_folder_that_fresh_sets_aside(tmp_path: Path, shards: Shards) -> None:

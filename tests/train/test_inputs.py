@@ -118,7 +118,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path, shards: Shards) -> None:
 def save_once(raw: dict[str, Any]) -> None:
     config = validate(raw)
     built, mesh, inputs = build_tiny(config)
-    RunFolder(config, built, mesh, inputs.train.fingerprint).save_now(TrainState(step=3))
+    RunFolder(config, built, mesh, inputs.train).save_now(TrainState(step=3))
 
 
 @pytest.fixture(scope="module")

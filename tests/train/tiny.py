@@ -1,5 +1,6 @@
 """Runs of seconds: a corpus whose documents are longer than a sample, and a model for it."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from data.loader import load
 from data.prepare import prepare
 from data.streams import IGNORE, Batch
-from data.tokenizer import load_tokenizer
+from data.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.mesh import Mesh, build_mesh
 from train.build import Built, build, to_model_config
 from train.corpora import choose_course
@@ -41,6 +42,7 @@ def prepare_shards(
     seed: int = 0,
     documents: int = 12,
     words: tuple[int, int] = (SAMPLE, 8 * SAMPLE),
+    tokenizer: str = "bytes",
 ) -> Shards:
     """Return shards of twelve documents of 5 to 40 samples, made as a user makes them."""
     chance = random.Random(seed)
@@ -53,13 +55,23 @@ def prepare_shards(
     done = prepare(
         [texts],
         folder / "shards",
-        tokenizer=load_tokenizer("bytes"),
+        tokenizer=load_tokenizer(tokenizer),
         valid_fraction=0.2,
         workers=1,
         progress=False,
     )
     assert done.valid is not None
     return Shards(folder / "shards/train", folder / "shards/valid")
+
+
+def write_permuted(folder: Path) -> Path:
+    """Return the file of a byte tokenizer whose ids of bytes are turned round."""
+    values = json.loads(ByteTokenizer().to_json())
+    vocab = values["model"]["vocab"]
+    values["model"]["vocab"] = {text: 255 - number for text, number in vocab.items()}
+    path = folder / "permuted.json"
+    path.write_text(json.dumps(values))
+    return path
 
 
 def tiny(run_dir: Path, shards: Shards, **changes: object) -> dict[str, Any]:

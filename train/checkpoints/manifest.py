@@ -42,6 +42,7 @@ class Manifest:
     parent: dict[str, Any] | None = None  # of a fork: run, checkpoint, step, what it took
     rollbacks: int = 0  # each within checkpoint.every steps of the one before
     rolled_back: int = 0  # step of the last one
+    tokenizer_sha256: str | None = None  # of the training corpus's; None: an older longhaul's
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.documents import Documents
 from model.config import HmtMemory
 from model.decoder import Decoder
 from model.memory.base import Axes, Carried, named_axes, named_tensors
@@ -138,12 +139,12 @@ def describe(
     built: Built,
     mesh: Mesh,
     state: TrainState,
-    data: str,
+    data: Documents,
     parent: dict[str, Any] | None,
 ) -> Manifest:
     """Return the manifest of a checkpoint taken now, but for its files.
 
-    data: the corpus's fingerprint. parent: where a fork comes from.
+    data: what the run trains on. parent: where a fork comes from.
     """
     parameters = {}
     for name, parameter in built.model.named_parameters():
@@ -156,7 +157,7 @@ def describe(
         nonfinite=state.skipped,
         layout=layout_of(config, mesh),
         config=config.model_dump(mode="json"),
-        data=data,
+        data=data.fingerprint,
         vocab_size=built.model.config.vocab_size,
         parameters=parameters,
         versions={"python": platform.python_version()}
@@ -165,6 +166,7 @@ def describe(
         parent=parent,
         rollbacks=state.rollbacks,
         rolled_back=state.rolled_back,
+        tokenizer_sha256=data.tokenizer_sha256,
     )
 
 

@@ -71,7 +71,7 @@ def run(
     """
     from train.checkpoints.folder import choose_checkpoint
     from train.checkpoints.snapshot import load_model
-    from train.huggingface.tokenizer_files import require_same_tokenizer
+    from train.huggingface.tokenizer_files import require_trained_on
 
     folder, manifest = choose_checkpoint(checkpoint)
     model, config = load_model(folder, manifest, changes)
@@ -81,7 +81,7 @@ def run(
             " means nothing; evaluate with token_and_head or heads"
         )
     corpus = _open_corpus(model, config, data)
-    require_same_tokenizer(folder, corpus.tokenizer_sha256, shown_folder(corpus.folder))
+    require_trained_on(folder, manifest, corpus.tokenizer_sha256, shown_folder(corpus.folder))
     answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
     conditions = _conditions(config, memory)
     evaluation = _measure(model, config, corpus, tokens, conditions, manifest.step)

@@ -30,6 +30,7 @@ from train.huggingface.tokenizer_files import (
     exported_words,
     longest,
     require_ids,
+    require_same_tokenizer,
     special_ids,
     write_json,
     write_words,
@@ -95,6 +96,9 @@ def export(
     words = exported_words(folder, config, tokenizer)
     if words is not None:
         require_ids(words.tokenizer, model.vocab_size)
+        given = "the run's data were prepared with" if tokenizer is None else f"{tokenizer} is"
+        remedy = "name the model's own by"
+        require_same_tokenizer(folder, manifest, words.tokenizer.sha256, given, remedy)
     source = _Source(folder, manifest, parts)
     pieces = [piece for part in parts.values() for piece in part.pieces]
     base = [piece for piece in pieces if not piece.of_memory]

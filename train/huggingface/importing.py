@@ -50,7 +50,8 @@ def import_folder(
     with new_folder(output) as work:
         shapes = {name: part.shape for name, part in opened.weights.parameters.items()}
         get, vocab_size = opened.weights.__getitem__, opened.model.vocab_size
-        write_checkpoint(work / "checkpoints", opened.config, vocab_size, shapes, get)
+        sha256 = None if words is None else words.tokenizer.sha256
+        write_checkpoint(work / "checkpoints", opened.config, vocab_size, shapes, get, sha256)
         if words is not None:
             copy_beside(words, source, work)
     return Imported(output, opened, count_parameters(opened.model))
@@ -87,10 +88,12 @@ def write_checkpoint(
     vocab_size: int,
     shapes: Mapping[str, tuple[int, ...]],
     get: Callable[[str], torch.Tensor],
+    tokenizer_sha256: str | None = None,
 ) -> None:
     """Write whole weights into folder as the checkpoint of one process at step 0, without moments.
 
-    get: a parameter by its name, float32; asked for one at a time.
+    get: a parameter by its name, float32; asked for one at a time. tokenizer_sha256: of the model's
+    own, None without one.
     """
     work = begin(folder, 0)
     path = work / share_name(0)
@@ -115,6 +118,7 @@ def write_checkpoint(
         versions={"python": platform.python_version()}
         | {package: metadata.version(package) for package in PACKAGES},
         files={path.name: {"sha256": sha256, "bytes": path.stat().st_size}},
+        tokenizer_sha256=tokenizer_sha256,
     )
     commit(work, manifest)
 

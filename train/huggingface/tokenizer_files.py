@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.urls import shown_folder
 from data.wide import WideCorpus
+from train.checkpoints.manifest import Manifest
 from train.remote import open_remote
 from train.settings.config import Config
 
@@ -82,19 +83,36 @@ def imported_home(checkpoint: Path) -> Path | None:
     return folder if (folder / TOKENIZER).is_file() else None
 
 
-def require_same_tokenizer(checkpoint: Path, sha256: str, corpus: str) -> None:
-    """Raise ValueError where a corpus was prepared with another tokenizer than an imported model's.
+def require_same_tokenizer(
+    checkpoint: Path, manifest: Manifest, sha256: str, given: str, remedy: str
+) -> None:
+    """Raise ValueError where a tokenizer is not the one that a checkpoint's model was trained with.
 
-    Ids would fit, and stand for other words. sha256: of the corpus's tokenizer; corpus: its name.
+    Ids would fit, and stand for other words. A checkpoint of an older longhaul does not say its
+    own: then an imported model's file does, and without one nothing is compared. sha256: of the
+    tokenizer's text. given, remedy: the message's beginning, and its end before --tokenizer.
     """
-    home = imported_home(checkpoint)
-    if home is None:
+    if manifest.tokenizer_sha256 == sha256:
         return
-    if open_words(home).tokenizer.sha256 != sha256:
-        raise ValueError(
-            f"{corpus} was prepared with another tokenizer than the imported model's,"
-            f" {home / TOKENIZER}; prepare it with --tokenizer {home / TOKENIZER}"
-        )
+    home = imported_home(checkpoint)
+    kept = None if home is None else open_words(home).tokenizer.sha256
+    trained = manifest.tokenizer_sha256 or kept
+    if trained is None or trained == sha256:
+        return
+    file = home / TOKENIZER if home is not None and kept == trained else "FILE"
+    raise ValueError(
+        f"{given} another tokenizer (sha256 {sha256[:12]}) than {checkpoint} was trained with"
+        f" (sha256 {trained[:12]}): its ids stand for other words; {remedy} --tokenizer {file}"
+    )
+
+
+def require_trained_on(checkpoint: Path, manifest: Manifest, sha256: str, corpus: str) -> None:
+    """Raise ValueError where a corpus was prepared with another tokenizer than a checkpoint's.
+
+    sha256: of the corpus's tokenizer; corpus: its name.
+    """
+    given, remedy = f"{corpus} was prepared with", "prepare it with the model's own,"
+    require_same_tokenizer(checkpoint, manifest, sha256, given, remedy)
 
 
 def exported_words(checkpoint: Path, config: Config, option: str | None) -> Words | None:

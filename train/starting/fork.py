@@ -34,6 +34,7 @@ from train.checkpoints.manifest import (
     verify,
 )
 from train.checkpoints.tensor_copy import copy_tensors
+from train.huggingface.tokenizer_files import require_trained_on
 from train.settings.config import Config, ConfigError, apply_overrides, parse_overrides, validate
 from train.starting.changes import Change, find_changes
 from train.tracking.shipper import write_atomically
@@ -42,6 +43,14 @@ PARENT = "parent.json"
 Kept = Literal["everything", "weights and moments", "weights"]
 OPTIMIZER = ("master/", "exp_avg/", "exp_avg_sq/")
 """What tensors of weights and moments are called; see train.checkpoints.stored."""
+
+
+class Data(NamedTuple):
+    """What a fork wants to know of the corpora that it is to train on."""
+
+    fingerprint: str
+    vocab_size: int  # ids that the model needs for them
+    tokenizer_sha256: str
 
 
 class Fork(NamedTuple):
@@ -53,11 +62,11 @@ class Fork(NamedTuple):
     begun: bool  # whether it has a checkpoint to go on from
 
 
-def plan_fork(config: Config, name: str, fingerprint: str, vocab_size: int) -> Fork:
+def plan_fork(config: Config, name: str, data: Data) -> Fork:
     """Return the fork `name` of the run that config goes on with, config's values for its own.
 
-    fingerprint, vocab_size: of config's corpus. Raises ConfigError where there is nothing to fork,
-    or another run has the name.
+    data: config's. Raises ConfigError where there is nothing to fork, another run has the name, or
+    the data's tokenizer is not the parent's.
     """
     child = _renamed(config, name)
     # Looked at before the parent is read: rank 0, which may be further, writes that first.
@@ -78,10 +87,18 @@ def plan_fork(config: Config, name: str, fingerprint: str, vocab_size: int) -> F
             name,
             f"{config.run_dir} has no checkpoint to begin from; leave --fork out for a new run",
         )
-    keeps = what_is_kept(find_changes(config, manifest, vocab_size), manifest.data == fingerprint)
+    changes = find_changes(config, manifest, data.vocab_size)
+    keeps = what_is_kept(changes, manifest.data == data.fingerprint)
+    newest = _checkpoints(config) / f"step-{manifest.step:08d}"
     if keeps == "weights":
         # Every rank finds it by itself; reading the weights compares the hashes.
-        child = _starting_from(child, _newest_readable(_checkpoints(config)))
+        child = _starting_from(child, newest)
+    else:
+        corpora = " + ".join(part.name for part in config.corpora)
+        try:
+            require_trained_on(newest, manifest, data.tokenizer_sha256, corpora)
+        except ValueError as error:
+            raise _problem(name, f"data.train: {error}") from None
     return Fork(config.run_dir, child, keeps, begun=False)
 
 
@@ -94,7 +111,7 @@ def what_is_kept(changes: list[Change], same_data: bool) -> Kept:
     return "weights and moments"
 
 
-def begin_fork(fork: Fork, fingerprint: str, vocab_size: int, say: Callable[[str], None]) -> None:
+def begin_fork(fork: Fork, data: Data, say: Callable[[str], None]) -> None:
     """Make the new run's folder, with its first checkpoint (one process does this).
 
     Killed at any moment, it can be called again. Raises ValueError where no checkpoint of the
@@ -114,7 +131,7 @@ def begin_fork(fork: Fork, fingerprint: str, vocab_size: int, say: Callable[[str
     if fork.keeps == "everything":
         _take_everything(fork.config, checkpoint, manifest, origin)
     elif fork.keeps == "weights and moments":
-        _take_optimizer(fork.config, checkpoint, manifest, origin, fingerprint, vocab_size)
+        _take_optimizer(fork.config, checkpoint, manifest, origin, data)
     say(f"{folder} begins with {fork.keeps} of {checkpoint} (step {manifest.step})")
 
 
@@ -154,12 +171,7 @@ def _take_everything(
 
 
 def _take_optimizer(
-    config: Config,
-    checkpoint: Path,
-    manifest: Manifest,
-    origin: dict[str, Any],
-    fingerprint: str,
-    vocab_size: int,
+    config: Config, checkpoint: Path, manifest: Manifest, origin: dict[str, Any], data: Data
 ) -> None:
     """Begin at step 0, with weights, moments and the count of their updates."""
     work = begin(_checkpoints(config), 0)
@@ -175,10 +187,11 @@ def _take_optimizer(
         rollbacks=0,
         rolled_back=0,
         config=config.model_dump(mode="json"),
-        data=fingerprint,
-        vocab_size=config.model.vocab_size or vocab_size,
+        data=data.fingerprint,
+        vocab_size=config.model.vocab_size or data.vocab_size,
         files=files,
         parent=origin,
+        tokenizer_sha256=data.tokenizer_sha256,
     )
     commit(work, made)
 
@@ -203,12 +216,6 @@ def _newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manife
         except BadCheckpoint as error:
             say(f"checkpoint not used: {error}")
     raise ValueError(f"{folder} has no good checkpoint to begin from")
-
-
-def _newest_readable(folder: Path) -> Path:
-    manifest = newest_manifest(folder)
-    assert manifest is not None
-    return folder / f"step-{manifest.step:08d}"
 
 
 def _renamed(config: Config, name: str) -> Config:

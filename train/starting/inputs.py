@@ -20,7 +20,7 @@ from train.checkpoints.manifest import (
     saved_format,
 )
 from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
-from train.huggingface.tokenizer_files import require_same_tokenizer
+from train.huggingface.tokenizer_files import require_trained_on
 from train.reading import model_vocab_size
 from train.remote import open_remote
 from train.settings.config import Config, ConfigError
@@ -90,7 +90,8 @@ def open_inputs(config: Config, *, fresh: bool = False, starts: bool = True) -> 
     elif train is not None and starts:
         needed = model_vocab_size(config, train.vocab_size)
         start = find_start(config, needed, problems, fresh=fresh)
-        if start is not None:
+        # where the sizes differ, the vocabularies are said to already
+        if start is not None and "model.vocab_size" not in dict(problems):
             _require_same_words(config, start, train, problems)
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
@@ -162,7 +163,8 @@ def _require_same_words(
     config: Config, start: Start, train: Training, problems: list[tuple[str, str]]
 ) -> None:
     try:
-        require_same_tokenizer(start.path, train.tokenizer_sha256, _named(config))
+        sha256 = train.tokenizer_sha256
+        require_trained_on(start.path, start.manifest, sha256, _named(config))
     except ValueError as error:
         problems.append(("data.train", str(error)))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.documents import Documents
 from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
 from train.build import Built
@@ -41,7 +42,13 @@ class RunFolder:
     """A run's folder, seen by one rank; only rank 0 writes what is not a share."""
 
     def __init__(
-        self, config: Config, built: Built, mesh: Mesh, data: str, *, timeout_s: float | None = None
+        self,
+        config: Config,
+        built: Built,
+        mesh: Mesh,
+        data: Documents,
+        *,
+        timeout_s: float | None = None,
     ) -> None:
         """timeout_s: how long a save's messages wait for a rank; parallel.timeout_s."""
         self.config, self.built, self.mesh, self.data = config, built, mesh, data

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from train.reading import model_vocab_size
 from train.settings.config import Config, dump
-from train.starting.fork import begin_fork, plan_fork
+from train.starting.fork import Data, begin_fork, plan_fork
 from train.starting.inputs import Inputs, open_inputs
 from train.starting.resume import set_aside
 
@@ -38,13 +38,14 @@ def open_run(
 
 def _open_fork(config: Config, name: str, *, first: bool) -> tuple[Config, Inputs]:
     inputs = open_inputs(config, fresh=True, starts=False)
-    fingerprint = inputs.train.fingerprint
-    vocab_size = model_vocab_size(config, inputs.train.vocab_size)
-    fork = plan_fork(config, name, fingerprint, vocab_size)
+    train = inputs.train
+    vocab_size = model_vocab_size(config, train.vocab_size)
+    data = Data(train.fingerprint, vocab_size, train.tokenizer_sha256)
+    fork = plan_fork(config, name, data)
     if fork.begun or fork.keeps == "weights":
         inputs = open_inputs(fork.config)
     if first and not fork.begun:
-        begin_fork(fork, fingerprint, vocab_size, _say)
+        begin_fork(fork, data, _say)
     return fork.config, inputs
 
 

@@ -124,10 +124,9 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Shards) ->
     with pytest.raises(ConfigError) as caught:
         open_inputs(config)
     home = tmp_path / "imported/tokenizer.json"
-    assert caught.value.problems == (
-        f"data.train: {shards.train} was prepared with another tokenizer than the imported"
-        f" model's, {home}; prepare it with --tokenizer {home}",
-    )
+    (line,) = caught.value.problems
+    assert line.startswith(f"data.train: {shards.train} was prepared with another tokenizer ")
+    assert line.endswith(f"; prepare it with the model's own, --tokenizer {home}")
 
 
 def test_segments_longer_than_the_models_window_are_refused(tmp_path: Path, shards: Shards) -> None:

@@ -302,7 +302,7 @@ def test_the_code_in_the_readme_runs(tmp_path: Path, shards: Shards, memory: str
 
 def save_a_run(config: Config) -> None:
     built, mesh, inputs = build_tiny(config)
-    folder = RunFolder(config, built, mesh, inputs.train.fingerprint)
+    folder = RunFolder(config, built, mesh, inputs.train)
     folder.save_now(TrainState(step=3, updates=3))
 
 
