@@ -40,9 +40,6 @@ For memories that read tokens of their own, such as landmarks; labels (IGNORE bu
 are moved along.
 """
 
-_LOGITS = 1 << 26
-"""Numbers in the logits of one call, at most: 256 MB in float32."""
-
 
 class Reader(Protocol):
     """A model that reads one segment of B streams at a time; tokens [B, 1, S]."""
@@ -62,36 +59,26 @@ class Reader(Protocol):
 class DecoderReader:
     """A whole decoder on one process."""
 
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
+    def __init__(self, model: Decoder, step: int | None = None) -> None:
+        """step: of training, for memories that train in stages (None: the last one)."""
+        self.model, self.step = model, step
         self.device = next(model.parameters()).device
 
     def read(self, tokens: Tensor, state: State | None) -> State:
         """Return the state after a segment."""
-        tokens = tokens.to(self.device)
-        # With labels the logits of one chunk exist at a time, not those of the segment.
-        labels, scale = torch.full_like(tokens, IGNORE), torch.ones((), device=self.device)
-        return self.model(tokens, _no_start(tokens), state, labels=labels, scale=scale).state
+        return self._run(tokens, state, torch.zeros_like(tokens, dtype=torch.bool))[1]
 
     def logits(self, tokens: Tensor, state: State | None, wanted: Tensor) -> Tensor:
         """Return the logits [W, V] of the places wanted, in float32 on the CPU."""
-        found = []
-        size = max(1, _LOGITS // (tokens.shape[2] * self.model.config.vocab_size))
-        for first in range(0, len(tokens), size):
-            rows = slice(first, first + size)
-            part = tokens[rows].to(self.device)
-            before = None if state is None else _take(state, rows)
-            logits: Tensor = self.model(part, _no_start(part), before)[0]
-            found.append(logits[wanted[rows].to(self.device)].float().cpu())
-        return torch.cat(found)
+        return self._run(tokens, state, wanted)[0].float().cpu()
 
-
-def _no_start(tokens: Tensor) -> Tensor:
-    return torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
-
-def _take(state: State, rows: slice) -> State:
-    return map_tensors(lambda tensor: tensor[rows], state)
+    def _run(self, tokens: Tensor, state: State | None, wanted: Tensor) -> tuple[Tensor, State]:
+        tokens, wanted = tokens.to(self.device), wanted.to(self.device)
+        starts = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=self.device)
+        found: tuple[Tensor, State] = self.model(
+            tokens, starts, state, wanted=wanted, step=self.step
+        )
+        return found
 
 
 class Answered(NamedTuple):
