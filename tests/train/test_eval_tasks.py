@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
+from tests.train.attempts import finish
 from tests.train.runs import longhaul, problems, small
 from tests.train.runs import write as write_yaml
 from tests.train.test_pretrain import TRACKED, read_store
@@ -44,8 +45,8 @@ class Log:
         self.files.append(path.name)
 
 
-def ask(raw: dict[str, Any], stop_at: int | None = None) -> tuple[Log, list[str], dict[str, Any]]:
-    """Runs on a rank: two evaluations, of which the second compares."""
+def ask(raw: dict[str, Any], stops: bool) -> tuple[Log, list[str], dict[str, Any]]:
+    """Runs on a rank: two evaluations, of which the second compares; stops: among its questions."""
     config = validate(raw)
     built, mesh, inputs = build_tiny(config)
     assert inputs.valid is not None and inputs.questions is not None
@@ -53,13 +54,21 @@ def ask(raw: dict[str, Any], stop_at: int | None = None) -> tuple[Log, list[str]
         inputs.questions.filler.pieces.reverse()
         inputs.questions.filler.counts.reverse()
     log, said, calls = Log(), [], 0
+    questions: Any = inputs.questions
+    ask_them = questions.ask
+
+    def ask(*reader: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls = 1
+        return ask_them(*reader, **options)
 
     def check_stop() -> None:
         nonlocal calls
-        calls += 1
-        if calls == stop_at:
+        calls += calls > 0
+        if stops and calls == 10:
             raise StopAgreed
 
+    questions.ask = ask
     tracker: Any = log
     page = {"title": "tiny", "folder": config.run_dir, "questions": inputs.questions}
     own = HeldOut(config, inputs.valid, built, mesh, tracker, said.append, check_stop, **page)
@@ -70,7 +79,7 @@ def ask(raw: dict[str, Any], stop_at: int | None = None) -> tuple[Log, list[str]
         own.evaluate(2, compare=True)
     except StopAgreed:
         said.append("stopped")
-    return log, said, json.loads(written.read_text()) if mesh.rank == 0 and stop_at is None else {}
+    return log, said, json.loads(written.read_text()) if mesh.rank == 0 and not stops else {}
 
 
 @pytest.mark.gloo
@@ -78,7 +87,7 @@ def test_ranks_ask_tell_log_and_write(tmp_path: Path, shards: Shards) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     raw = tiny(run_dir, shards, **ASKED, parallel__cp=2, parallel__zero=3)
-    (log, said, page), (other, _, _) = run_ranks(2, ask, raw)
+    (log, said, page), (other, _, _) = run_ranks(2, ask, raw, False)
     (first, plain), (second, values) = log.rows
     assert (first, second) == (1, 2)
     assert not [name for name in plain if "passkey" in name]
@@ -105,11 +114,34 @@ def test_ranks_ask_tell_log_and_write(tmp_path: Path, shards: Shards) -> None:
 
 
 @pytest.mark.gloo
+def test_a_run_asks_at_its_evaluations_and_at_its_end(tmp_path: Path, shards: Shards) -> None:
+    raw = tiny(
+        tmp_path / "run", shards, **ASKED, train__steps=3, train__eval_every=2, parallel__tp=2
+    )
+    config = validate(raw | {"train": raw["train"] | {"eval_compare": False}})
+    text = finish(2, config)
+    assert "step 2 | valid/loss " in text and "step 2 | passkey" not in text
+    assert text.count("step 3 | passkey: memory used: ") == 1  # rank 0 alone says it
+    page = json.loads((config.run_dir / "report.json").read_text())
+    assert page["step"] == 3
+    assert [task["task"] for task in page["tasks"]] == ["passkey", "recall"]
+
+
+@pytest.mark.gloo
+def test_without_memory_nobody_is_warned(tmp_path: Path, shards: Shards) -> None:
+    raw = tiny(tmp_path, shards, **{**SIZES, "train__eval_tasks": "passkey"}, model__memory="none")
+    ((log, said, page),) = run_ranks(1, ask, raw, False)
+    assert page["tasks"][0]["on_off"]["value"] == 0.0
+    assert any("passkey: memory used: " in line for line in said)
+    assert not log.events and not any("WARNING" in line for line in said)
+
+
+@pytest.mark.gloo
 def test_a_stop_among_the_questions_leaves_nothing_told(tmp_path: Path, shards: Shards) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     raw = tiny(run_dir, shards, **{**ASKED, "train__eval_tokens": 96})
-    ((log, said, _),) = run_ranks(1, ask, raw, 40)
+    ((log, said, _),) = run_ranks(1, ask, raw, True)
     assert said[-1] == "stopped" and [step for step, _ in log.rows] == [1]
     assert not list(run_dir.iterdir())
 
@@ -139,7 +171,8 @@ def test_a_report_is_the_old_one_or_the_new_one(
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_the_final_report_of_a_tracked_run_has_its_tasks(tmp_path: Path, shards: Shards) -> None:
+@pytest.mark.slow
+def test_a_tracked_run_has_its_tasks(tmp_path: Path, shards: Shards) -> None:
     run_dir = tmp_path / "run"
     raw = tiny(run_dir, shards, **SIZES, train__steps=2, train__warmup_steps=1, tracking=TRACKED)
     words = ["train.eval_tasks=passkey", "train.eval_every=1"]
