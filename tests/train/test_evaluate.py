@@ -151,7 +151,7 @@ def test_tasks_are_tracked_beside_the_loss(corpus: Corpus, monkeypatch: pytest.M
             metrics=lambda values, step: logged.update(values), event=lambda text, step: None
         )
 
-    monkeypatch.setattr("train.evaluation.evaluate._tracker", tracker)
+    monkeypatch.setattr("train.evaluation.tracked.open_tracker", tracker)
     run(Path("runs/small"), tokens=64, tasks=Tasks(["passkey"]), track=True)
     assert logged["evaluate/passkey/on_off"] == 0.75
     assert logged["evaluate/passkey/off"] == 0.25

@@ -16,6 +16,8 @@ the document.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -30,6 +32,7 @@ from data.tasks import Prompt, Unfit
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.memory.base import State, map_tensors
+from train.evaluation.donors import bytes_per_stream
 
 Int64Array = NDArray[np.int64]
 
@@ -79,6 +82,42 @@ class DecoderReader:
             tokens, starts, state, wanted=wanted, step=self.step
         )
         return found
+
+
+class Metered:
+    """A reader, and what it costs."""
+
+    def __init__(self, reader: Reader, segment_len: int) -> None:
+        """segment_len: text tokens of a segment."""
+        self.reader, self.segment_len = reader, segment_len
+        self.calls, self.tokens, self.seconds = 0, 0, 0.0
+        self.state_bytes = 0  # the most that one stream carried on this rank
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of text a second, nan where nothing was measured."""
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+    def read(self, tokens: Tensor, state: State | None) -> State:
+        """Return the state after a segment."""
+        began = time.perf_counter()
+        after = self.reader.read(tokens, state)
+        self._count(len(tokens), began)
+        self.state_bytes = max(self.state_bytes, bytes_per_stream(after))
+        return after
+
+    def logits(self, tokens: Tensor, state: State | None, wanted: Tensor) -> Tensor:
+        """Return the logits of the places wanted."""
+        began = time.perf_counter()
+        found = self.reader.logits(tokens, state, wanted)  # waits for a GPU, and for what it read
+        self._count(len(tokens), began)
+        return found
+
+    def _count(self, streams: int, began: float) -> None:
+        self.calls += 1
+        if self.calls > 1:  # the first call allocates, and may compile
+            self.seconds += time.perf_counter() - began
+            self.tokens += streams * self.segment_len
 
 
 class Answered(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +19,9 @@ from train.evaluation.measure import ALL, choose_lanes, measure
 from train.evaluation.positions import Condition, Evaluation, table
 from train.evaluation.rates import aligned, cell_tables
 from train.evaluation.report import REPORT, Answers, Report, write_report
-from train.evaluation.tasks import DEPTHS, default_lengths, say_answers, task_metrics
-from train.evaluation.verdict import judge, metrics
+from train.evaluation.tasks import DEPTHS, default_lengths, say_answers
+from train.evaluation.tracked import log_evaluation
+from train.evaluation.verdict import judge
 from train.reading import choose_reading, model_vocab_size
 from train.remote import open_remote
 from train.settings.memories import describe_memory
@@ -30,7 +30,6 @@ from train.tracking.progress import short
 
 if TYPE_CHECKING:
     from model.decoder import Decoder
-    from train.checkpoints.folder import Manifest
     from train.settings.config import Config
 
 
@@ -114,7 +113,7 @@ def run(
         print(f"written: {', '.join(map(str, written))}")
     if track:
         files = written if output is not None else []
-        _track(folder, manifest, config, evaluation, answers, files)
+        log_evaluation(folder, manifest, config, evaluation, answers, files)
     return 0
 
 
@@ -299,48 +298,6 @@ def _say_tasks(answers: Sequence[Answers], *, judged: bool) -> None:
 
 def _warn(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _track(
-    folder: Path,
-    manifest: Manifest,
-    config: Config,
-    evaluation: Evaluation,
-    answers: Sequence[Answers],
-    files: list[Path],
-) -> None:
-    """Log an evaluation to the MLflow run that the checkpoint is of."""
-    with _tracker(folder, config) as tracker:
-        values = metrics(evaluation, "evaluate/")
-        for found in answers:
-            values |= task_metrics(found.result, "evaluate/")
-        tracker.metrics(values, manifest.step)
-        verdict = judge(evaluation)
-        if verdict is not None:
-            tracker.event(f"evaluated: {verdict}", manifest.step)
-        for path in files:
-            tracker.artifact(path, "evaluate")
-
-
-@contextmanager
-def _tracker(folder: Path, config: Config) -> Iterator[Any]:
-    from train.tracking.tracker import Tracker
-
-    run_dir = folder.resolve().parent.parent
-    done = (run_dir / "DONE").exists()
-    tracker = Tracker.open(
-        run_dir,
-        experiment=config.tracking.experiment,
-        run_name=config.name,
-        uri=config.tracking.uri,
-        system_every_s=0,
-    )
-    try:
-        yield tracker
-    finally:
-        tracker.close(status="FINISHED" if done else "SCHEDULED")
-        if tracker.problem:
-            print(f"tracking: not shipped: {tracker.problem}", file=sys.stderr)
 
 
 def _parameters(model: Decoder) -> str:

@@ -176,7 +176,7 @@ def _share_text(questions: Questions) -> None:
     """
     filler = questions.filler
     held: list[Any] = [filler.pieces, filler.counts]
-    dist.broadcast_object_list(held)
+    dist.broadcast_object_list(held, src=0)
     filler.pieces, filler.counts = held
 
 

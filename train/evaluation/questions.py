@@ -9,14 +9,11 @@ do.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from data.index import Corpus
 from data.tasks import (
@@ -33,10 +30,16 @@ from data.tasks import (
 )
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.memory.base import State
-from train.evaluation.answers import Answered, DecoderReader, PrepareBatch, Reader, lay_out, measure
+from train.evaluation.answers import (
+    Answered,
+    DecoderReader,
+    Metered,
+    PrepareBatch,
+    Reader,
+    lay_out,
+    measure,
+)
 from train.evaluation.confidence import Share, Verdict, paired_difference, share, verdict
-from train.evaluation.donors import bytes_per_stream
 from train.remote import open_remote
 from train.settings.config import Config
 from train.tracking.progress import short
@@ -214,7 +217,7 @@ class Questions:
         results = []
         for name in self.names:
             cells: list[tuple[Place, list[Answered]]] = []
-            metered = _Metered(reader, self.segment_len)
+            metered = Metered(reader, self.segment_len)
             for cell in self.grid.cells(name):
                 with suppress(Unfit):
                     made = self._make(name, cell)
@@ -241,38 +244,6 @@ class Questions:
                 name, self.filler, cell, pubmedqa=self.pubmedqa, question_tokens=self.segment_len
             )
         )
-
-
-class _Metered:
-    """A reader, and what it costs."""
-
-    def __init__(self, reader: Reader, segment_len: int) -> None:
-        self.reader, self.segment_len = reader, segment_len
-        self.calls, self.tokens, self.seconds, self.state_bytes = 0, 0, 0.0, 0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens of text a second, nan where nothing was measured."""
-        return self.tokens / self.seconds if self.seconds else math.nan
-
-    def read(self, tokens: Tensor, state: State | None) -> State:
-        began = time.perf_counter()
-        after = self.reader.read(tokens, state)
-        self._count(len(tokens), began)
-        self.state_bytes = max(self.state_bytes, bytes_per_stream(after))
-        return after
-
-    def logits(self, tokens: Tensor, state: State | None, wanted: Tensor) -> Tensor:
-        began = time.perf_counter()
-        found = self.reader.logits(tokens, state, wanted)  # waits for a GPU, and for what it read
-        self._count(len(tokens), began)
-        return found
-
-    def _count(self, streams: int, began: float) -> None:
-        self.calls += 1
-        if self.calls > 1:  # the first call allocates, and may compile
-            self.seconds += time.perf_counter() - began
-            self.tokens += streams * self.segment_len
 
 
 def count_prompts(
