@@ -34,6 +34,7 @@ class Log:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.events: list[str] = []
         self.files: list[str] = []
+        self.text: list[str] = []  # that facts were hidden in
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.rows.append((step, values))
@@ -72,6 +73,7 @@ def ask(raw: dict[str, Any], stops: bool) -> tuple[Log, list[str], dict[str, Any
     tracker: Any = log
     page = {"title": "tiny", "folder": config.run_dir, "questions": inputs.questions}
     own = HeldOut(config, inputs.valid, built, mesh, tracker, said.append, check_stop, **page)
+    log.text = questions.filler.pieces
     own.evaluate(1, compare=False)
     written = config.run_dir / "report.json"
     assert not written.exists()
@@ -88,6 +90,7 @@ def test_ranks_ask_tell_log_and_write(tmp_path: Path, shards: Shards) -> None:
     run_dir.mkdir()
     raw = tiny(run_dir, shards, **ASKED, parallel__cp=2, parallel__zero=3)
     (log, said, page), (other, _, _) = run_ranks(2, ask, raw, False)
+    assert log.text == other.text
     (first, plain), (second, values) = log.rows
     assert (first, second) == (1, 2)
     assert not [name for name in plain if "passkey" in name]
