@@ -40,18 +40,24 @@ class Head(nn.Module):
             self.output = linears.column(config.hidden_size, config.padded_vocab_size)
 
     def forward(
-        self, x: Tensor, labels: Tensor | None, scale: Tensor | None, tied: Tensor | None
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        scale: Tensor | None,
+        tied: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Any:
         """Return (loss, token losses [all rows]); without labels this rank's logits.
 
-        Logits end at vocab_size where the matrix is whole; a tensor-parallel part of them may end
-        with columns of the padding, which stand for no token.
+        rows [W] int64: of all rows those whose logits are wanted (None: all). Logits end at
+        vocab_size where the matrix is whole; a tensor-parallel part of them may end with columns of
+        the padding, which stand for no token.
         """
         hidden = self.linears.enter(self.norm(x))
         weight = self.output.weight if tied is None else tied
         assert isinstance(weight, Tensor)
         if labels is None:
-            logits = hidden @ weight.t()
+            logits = (hidden if rows is None else hidden[rows]) @ weight.t()
             return logits[..., : self.vocab_size] if self.linears.size == 1 else logits
         assert scale is not None
         return chunked_loss(
@@ -115,22 +121,24 @@ class Decoder(nn.Module):
         step: int | None = None,
         weights: Tensor | None = None,
         only: int | None = None,
+        wanted: Tensor | None = None,
         filled: int | None = None,
         documents: Tensor | None = None,
     ) -> Any:
         """Return an Output; without labels (logits [B, N, S, V], state).
 
         tokens, labels [B, N, S] int64, this rank's slice of each segment; starts [B, N] bool: a
-        document begins there; state: None for streams that have read nothing; scale 0-dim:
-        1 / the global number of targets; passed: what documents begin with instead of the
-        memory's own start (random state passing); step: of training, for memories that train in
-        stages (None: the last one); weights [B, N]: the log of how many segments like it each
-        segment stands for in what memories write (None: 1 each); only: logits of this place in
-        the last segment alone, [B, 1, 1, V], on one device (-1: of the last token); filled: one
-        open segment (N = 1) of so many tokens, padding behind them; its state is of no use;
-        documents [B, N, S of all ranks] int64, CPU: packed segments, which document of its segment
-        each token is of, 0 for the first. The others read as at a segment's start: themselves and
-        what memories begin with. A segment behind one of several documents must start one.
+        document begins there; state: None for streams that have read nothing; scale 0-dim: 1 / the
+        global number of targets; passed: what documents begin with instead of the memory's own
+        start (random state passing); step: of training, for memories that train in stages (None:
+        the last one); weights [B, N]: the log of how many segments like it each segment stands for
+        in what memories write (None: 1 each); only: logits of this place in the last segment alone,
+        [B, 1, 1, V], on one device (-1: of the last token); wanted [B, N, S] bool: logits of these
+        places alone, [W, V], stream by stream; filled: one open segment (N = 1) of so many tokens,
+        padding behind them; its state is of no use; documents [B, N, S of all ranks] int64, CPU:
+        packed segments, which document of its segment each token is of, 0 for the first. The others
+        read as at a segment's start: themselves and what memories begin with. A segment behind one
+        of several documents must start one.
         """
         if documents is not None and not self.memory.packs:
             raise ValueError(
@@ -159,6 +167,10 @@ class Decoder(nn.Module):
         tied = self.embedding.weight if self.config.tie_embeddings else None
         if only is not None:
             return self.logits(self._in_order(x, tokens.shape)[:, -1:, [only]]), after
+        if wanted is not None:
+            places = torch.arange(tokens.numel(), device=x.device).view(tokens.shape)
+            rows = self._as_rows(places).argsort()[wanted.flatten()]
+            return self.head(x, None, None, tied, rows), after
         if labels is None:
             logits = self.head(x, None, None, tied)
             return self._in_order(logits, tokens.shape), after

@@ -238,17 +238,21 @@ class Pretraining:
             evaluation = held_out.evaluate(state.step, compare=True) if held_out else None
         except StopAgreed:
             return False
-        self.reporter.finished(state, held_out, evaluation)
+        self.reporter.finished(state, evaluation)
         return True
 
     def _open_held_out(self) -> HeldOut | None:
         if self.inputs.valid is None:
             return None
-        shared = (
+        return HeldOut(
+            self.config,
             self.inputs.valid,
             self.built,
             self.mesh,
             self.reporter.tracker,
             self.reporter.progress.say,
+            lambda: self.stop.check(self.mesh.device),
+            questions=self.inputs.questions,
+            title=self.reporter.title,
+            folder=self.folder.path,
         )
-        return HeldOut(self.config, *shared, lambda: self.stop.check(self.mesh.device))

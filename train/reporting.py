@@ -17,7 +17,7 @@ from train.build import Built
 from train.checkpoints.saver import Result
 from train.cluster.lead import LeadTime
 from train.corpora import Course, keys_per_token
-from train.evaluation.held_out import HeldOut, count_parameters, count_trained
+from train.evaluation.held_out import count_parameters, count_trained
 from train.evaluation.positions import Evaluation
 from train.loop import StepResult, TrainState
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
@@ -167,17 +167,13 @@ class Reporter:
             self.progress.say(advice)
             self.timeline.add("warned", save.step, advice)
 
-    def finished(
-        self, state: TrainState, held_out: HeldOut | None, evaluation: Evaluation | None
-    ) -> None:
+    def finished(self, state: TrainState, evaluation: Evaluation | None) -> None:
         """Sum the run up, draw its picture and mark it done (rank 0)."""
         if not self.first:
             return
         history = self.folder.history()
         picture = plot(self.folder.path, history=history, evaluation=evaluation, title=self.title)
         self.tracker.artifact(picture)
-        if held_out is not None and evaluation is not None:
-            held_out.report(state.step, evaluation, self.title, self.folder.path)
         self.folder.finish()
         self.timeline.add("finished", state.step, f"finished at step {state.step}")
         text = summarise(

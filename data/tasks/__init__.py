@@ -20,16 +20,27 @@ from data.tasks.symbols import (
     fill,
     vocab_size,
 )
-from data.tasks.text import EXACT_TASKS, TEXT_TASKS, Grid, check_task, make_prompts
+from data.tasks.text import (
+    EXACT_TASKS,
+    FACTS,
+    PUBMEDQA,
+    TEXT_TASKS,
+    Grid,
+    check_task,
+    make_prompts,
+    task_names,
+)
 
 __all__ = [
     "DIGITS",
     "EXACT_TASKS",
+    "FACTS",
     "FILLER",
     "IGNORE",
     "KEY",
     "KEY_DIGITS",
     "PASSKEY_VOCAB",
+    "PUBMEDQA",
     "QUERY",
     "TEXT_TASKS",
     "Filler",
@@ -44,5 +55,6 @@ __all__ = [
     "make_prompts",
     "multi_fact_recall",
     "read_pubmedqa",
+    "task_names",
     "vocab_size",
 ]

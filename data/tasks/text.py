@@ -17,6 +17,8 @@ from data.tasks.stories import STORIES, story_prompt
 PUBMEDQA = "pubmedqa"
 TEXT_TASKS = ("passkey", "recall", *STORIES, PUBMEDQA)
 """What can be asked for; pubmedqa needs its files, the others any text."""
+FACTS = "facts"
+"""The name of all tasks of facts in stories together."""
 EXACT_TASKS = ("passkey", "recall")
 """Those whose prompts have no choices: every token of the answer must be right."""
 
@@ -76,6 +78,11 @@ def make_prompts(
             )
         else:
             yield from (_make(task, filler, cell, number) for number in range(cell.prompts))
+
+
+def task_names(given: Sequence[str]) -> list[str]:
+    """Return the tasks of TEXT_TASKS that these names, FACTS among them, mean; each once."""
+    return list(dict.fromkeys(n for name in given for n in (STORIES if name == FACTS else [name])))
 
 
 def check_task(task: str, grid: Grid, pubmedqa: PubMedQA | None) -> None:

@@ -1,6 +1,9 @@
 """`longhaul evaluate` from the inside: what it measures, prints and writes."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +14,9 @@ import pytest
 from data.index import Corpus
 from tests.train.runs import small
 from tests.train.test_measure import MEMORIES, VOCAB, S, corpus, make_model, write_documents
+from train.evaluation.answers import Answered
 from train.evaluation.evaluate import Tasks, run
+from train.evaluation.questions import Place, summarise
 from train.settings.config import validate
 
 __all__ = ["corpus"]  # a fixture
@@ -48,6 +53,7 @@ def test_the_command_measures_three_ways_and_writes_what_it_found(
         "own w. - on",
     ]  # fmt: skip
     assert "memory used: " in printed + warned
+    assert re.search(r"^state: [\d,]+ bytes a stream, read at \S+ tokens/s$", printed, re.M)
     written = json.loads(output.with_suffix(".json").read_text())
     conditions = [entry["memory"] for entry in written["evaluations"]]
     assert conditions == ["on", "off", "shuffled", "beyond"]
@@ -128,6 +134,30 @@ def test_tasks_are_asked_before_the_loss_and_shown_after(
     assert "WARNING: passkey: memory used: no" in warned
     assert "Task: passkey" in (tmp_path / "r.html").read_text()
     assert json.loads((tmp_path / "r.json").read_text())["tasks"] == [{"task": "passkey"}]
+
+
+def test_tasks_are_tracked_beside_the_loss(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_model(monkeypatch, "fam", corpus.folder)
+    right = [Answered(True, j > 2, False, True) for j in range(4)]
+    result = summarise("passkey", [(Place(64, 0.5, None), right)])
+    monkeypatch.setattr("train.evaluation.questions.run_tasks", lambda *_, **__: [result])
+    monkeypatch.setattr("data.index.Corpus.tokenizer", lambda self: None)
+    monkeypatch.setattr("data.tasks.corpus_texts", lambda corpus, tokens: ["text"])
+    logged: dict[str, float] = {}
+
+    @contextmanager
+    def tracker(*run: Any) -> Iterator[Any]:
+        yield SimpleNamespace(
+            metrics=lambda values, step: logged.update(values), event=lambda text, step: None
+        )
+
+    monkeypatch.setattr("train.evaluation.tracked.open_tracker", tracker)
+    run(Path("runs/small"), tokens=64, tasks=Tasks(["passkey"]), track=True)
+    assert logged["evaluate/passkey/on_off"] == 0.75
+    assert logged["evaluate/passkey/off"] == 0.25
+    assert logged["evaluate/passkey/on_64_tokens_depth_0.5"] == 1.0
+    assert logged["evaluate/passkey/memory_used"] in (-1.0, 0.0, 1.0)
+    assert "evaluate/loss" in logged and "evaluate/passkey/tokens_per_s" not in logged
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

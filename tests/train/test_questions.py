@@ -14,7 +14,14 @@ from data.shards import write_corpus
 from data.streams import IGNORE
 from data.tasks import Prompt
 from data.tokenizer import ByteTokenizer
-from model.config import FamMemory, MemoryConfig, ModelConfig, NoMemory, WindowMemory
+from model.config import (
+    FamMemory,
+    HmtMemory,
+    MemoryConfig,
+    ModelConfig,
+    NoMemory,
+    WindowMemory,
+)
 from model.decoder import Decoder
 from model.init import initialise
 from tests.train.runs import small
@@ -234,18 +241,17 @@ def test_choices_equal_those_of_whole_documents(name: str) -> None:
         assert len({answer[:3] for answer in found}) > 2  # the three differ
 
 
-def test_logits_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(MEMORIES["fam"])
-    tokens = torch.randint(0, 257, (5, 1, S))
+@pytest.mark.parametrize("memory", [FamMemory(4, 1), HmtMemory(bank=3, sensory=2, search_dim=4)])
+def test_wanted_logits_are_those_of_the_whole_segment(memory: MemoryConfig) -> None:
+    model = make_model(memory)
+    first, tokens = torch.randint(0, 257, (2, 5, 1, S))
     wanted = torch.rand(5, 1, S) < 0.1
+    starts = torch.zeros(5, 1, dtype=torch.bool)
     reader = DecoderReader(model)
     with torch.no_grad():
-        state = reader.read(torch.randint(0, 257, (5, 1, S)), None)
-        whole = reader.logits(tokens, state, wanted)
-        monkeypatch.setattr("train.evaluation.answers._LOGITS", 2 * S * 257)
-        pieces = reader.logits(tokens, state, wanted)
-    assert whole.shape == (int(wanted.sum()), 257)
-    torch.testing.assert_close(pieces, whole)  # other batch sizes, other order of sums
+        whole, _ = model(tokens, starts, model(first, starts)[1])
+        found = reader.logits(tokens, reader.read(first, None), wanted)
+    torch.testing.assert_close(found, whole[wanted])  # other sizes of one product
 
 
 def answers(*right: tuple[int, int, int], n: int = 20) -> list[tuple[Place, list[Answered]]]:

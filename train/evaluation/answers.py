@@ -16,6 +16,8 @@ the document.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -30,6 +32,7 @@ from data.tasks import Prompt, Unfit
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.memory.base import State, map_tensors
+from train.evaluation.donors import bytes_per_stream
 
 Int64Array = NDArray[np.int64]
 
@@ -39,9 +42,6 @@ PrepareBatch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 For memories that read tokens of their own, such as landmarks; labels (IGNORE but at the answer)
 are moved along.
 """
-
-_LOGITS = 1 << 26
-"""Numbers in the logits of one call, at most: 256 MB in float32."""
 
 
 class Reader(Protocol):
@@ -62,36 +62,62 @@ class Reader(Protocol):
 class DecoderReader:
     """A whole decoder on one process."""
 
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
+    def __init__(self, model: Decoder, step: int | None = None) -> None:
+        """step: of training, for memories that train in stages (None: the last one)."""
+        self.model, self.step = model, step
         self.device = next(model.parameters()).device
 
     def read(self, tokens: Tensor, state: State | None) -> State:
         """Return the state after a segment."""
-        tokens = tokens.to(self.device)
-        # With labels the logits of one chunk exist at a time, not those of the segment.
-        labels, scale = torch.full_like(tokens, IGNORE), torch.ones((), device=self.device)
-        return self.model(tokens, _no_start(tokens), state, labels=labels, scale=scale).state
+        return self._run(tokens, state, torch.zeros_like(tokens, dtype=torch.bool))[1]
 
     def logits(self, tokens: Tensor, state: State | None, wanted: Tensor) -> Tensor:
         """Return the logits [W, V] of the places wanted, in float32 on the CPU."""
-        found = []
-        size = max(1, _LOGITS // (tokens.shape[2] * self.model.config.vocab_size))
-        for first in range(0, len(tokens), size):
-            rows = slice(first, first + size)
-            part = tokens[rows].to(self.device)
-            before = None if state is None else _take(state, rows)
-            logits: Tensor = self.model(part, _no_start(part), before)[0]
-            found.append(logits[wanted[rows].to(self.device)].float().cpu())
-        return torch.cat(found)
+        return self._run(tokens, state, wanted)[0].float().cpu()
+
+    def _run(self, tokens: Tensor, state: State | None, wanted: Tensor) -> tuple[Tensor, State]:
+        tokens, wanted = tokens.to(self.device), wanted.to(self.device)
+        starts = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=self.device)
+        found: tuple[Tensor, State] = self.model(
+            tokens, starts, state, wanted=wanted, step=self.step
+        )
+        return found
 
 
-def _no_start(tokens: Tensor) -> Tensor:
-    return torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+class Metered:
+    """A reader, and what it costs."""
 
+    def __init__(self, reader: Reader, segment_len: int) -> None:
+        """segment_len: text tokens of a segment."""
+        self.reader, self.segment_len = reader, segment_len
+        self.calls, self.tokens, self.seconds = 0, 0, 0.0
+        self.state_bytes = 0  # the most that one stream carried on this rank
 
-def _take(state: State, rows: slice) -> State:
-    return map_tensors(lambda tensor: tensor[rows], state)
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of text a second, nan where nothing was measured."""
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+    def read(self, tokens: Tensor, state: State | None) -> State:
+        """Return the state after a segment."""
+        began = time.perf_counter()
+        after = self.reader.read(tokens, state)
+        self._count(len(tokens), began)
+        self.state_bytes = max(self.state_bytes, bytes_per_stream(after))
+        return after
+
+    def logits(self, tokens: Tensor, state: State | None, wanted: Tensor) -> Tensor:
+        """Return the logits of the places wanted."""
+        began = time.perf_counter()
+        found = self.reader.logits(tokens, state, wanted)  # waits for a GPU, and for what it read
+        self._count(len(tokens), began)
+        return found
+
+    def _count(self, streams: int, began: float) -> None:
+        self.calls += 1
+        if self.calls > 1:  # the first call allocates, and may compile
+            self.seconds += time.perf_counter() - began
+            self.tokens += streams * self.segment_len
 
 
 class Answered(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,9 @@ from train.evaluation.measure import ALL, choose_lanes, measure
 from train.evaluation.positions import Condition, Evaluation, table
 from train.evaluation.rates import aligned, cell_tables
 from train.evaluation.report import REPORT, Answers, Report, write_report
-from train.evaluation.verdict import judge, metrics
+from train.evaluation.tasks import DEPTHS, default_lengths, say_answers
+from train.evaluation.tracked import log_evaluation
+from train.evaluation.verdict import judge
 from train.reading import choose_reading, model_vocab_size
 from train.remote import open_remote
 from train.settings.memories import describe_memory
@@ -29,7 +30,6 @@ from train.tracking.progress import short
 
 if TYPE_CHECKING:
     from model.decoder import Decoder
-    from train.checkpoints.folder import Manifest
     from train.settings.config import Config
 
 
@@ -38,14 +38,12 @@ class Tasks(NamedTuple):
 
     names: Sequence[str] = ()
     lengths: Sequence[int] = ()  # tokens
-    depths: Sequence[float] = (0.0, 0.5, 1.0)  # of the answer: 0 the start of the document
+    depths: Sequence[float] = DEPTHS
     prompts: int = 32
     seed: int = 0
     pubmedqa: Path | None = None  # the folder of its files
 
 
-FACTS = "facts"
-"""The name of all tasks of facts in stories together."""
 NO_TASKS = Tasks()
 
 
@@ -82,18 +80,22 @@ def run(
         )
     corpus = _open_corpus(model, config, data)
     require_trained_on(folder, manifest, corpus.tokenizer_sha256, shown_folder(corpus.folder))
-    answers = _ask(model, config, corpus, tasks)  # first: what does not fit is known at once
+    # first: what does not fit is known at once
+    answers = _ask(model, config, corpus, tasks, manifest.step)
     conditions = _conditions(config, memory)
     evaluation = _measure(model, config, corpus, tokens, conditions, manifest.step)
     print(f"{folder} on {corpus.folder}\n\n{table(evaluation)}\n")
-    say_verdict(evaluation, print, lambda text: print(text, file=sys.stderr))
-    if config.model.memory.name == "none" and memory:
+    say_verdict(evaluation, print, _warn)
+    has_memory = config.model.memory.name != "none"
+    if memory and not has_memory:
         print("this model has no memory: every segment is read by itself")
-    _say_answers(answers)
-    for damage in corpus.damage:
-        print(f"left out: {damage}")
     facts = [("checkpoint", str(folder)), ("step", f"{manifest.step:,}")]
     facts += describe(config, _parameters(model), corpus, evaluation, str(_device(model)))
+    if evaluation.on is not None:
+        print(costs(evaluation))
+    _say_tasks(answers, judged=has_memory)
+    for damage in corpus.damage:
+        print(f"left out: {damage}")
     report = Report(
         title=f"{config.name}, step {manifest.step:,}",
         facts=facts,
@@ -110,7 +112,8 @@ def run(
         written = write_files(output, report, about)
         print(f"written: {', '.join(map(str, written))}")
     if track:
-        _track(folder, manifest, config, evaluation, written if output is not None else [])
+        files = written if output is not None else []
+        log_evaluation(folder, manifest, config, evaluation, answers, files)
     return 0
 
 
@@ -125,6 +128,14 @@ def say_verdict(evaluation: Evaluation, say: Any, warn: Any) -> None:
         say(str(verdict))
     else:
         warn(f"WARNING: {verdict}")
+
+
+def costs(evaluation: Evaluation) -> str:
+    """Return in a line what the memory takes, and how fast it was read with."""
+    return (
+        f"state: {evaluation.state_bytes:,} bytes a stream,"
+        f" read at {short(evaluation.tokens_per_s)} tokens/s"
+    )
 
 
 def describe(
@@ -148,13 +159,17 @@ def describe(
 def write_files(output: Path, report: Report, about: dict[str, Any]) -> list[Path]:
     """Write the page, the numbers as JSON and the picture, with one stem; return their paths.
 
-    output: a file, or a folder (existing, or a name without a suffix) for report.html in it.
+    output: a file, or a folder (existing, or a name without a suffix) for report.html in it. Each
+    is written beside and renamed: whoever looks, or stops this, finds the old one or the new one.
     """
     from train.tracking.picture import plot_evaluation
 
     if output.is_dir() or not output.suffix:
         output = output / REPORT
-    page, numbers, picture = (output.with_suffix(end) for end in (".html", ".json", ".png"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files = [output.with_suffix(end) for end in (".html", ".json", ".png")]
+    beside = [path.with_name(f".new-{path.name}") for path in files]
+    page, numbers, picture = beside
     plot_evaluation(picture, report.evaluation, title=report.title)
     verdict = judge(report.evaluation)
     values = {
@@ -165,7 +180,9 @@ def write_files(output: Path, report: Report, about: dict[str, Any]) -> list[Pat
     }
     numbers.write_text(json.dumps(values, indent=1) + "\n")
     write_report(page, report._replace(picture=picture.read_bytes()))
-    return [page, numbers, picture]
+    for new, path in zip(beside, files, strict=True):
+        new.replace(path)
+    return files
 
 
 def _coverage(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -233,21 +250,23 @@ def _measure(
     )
 
 
-def _ask(model: Decoder, config: Config, corpus: Corpus, tasks: Tasks) -> Sequence[Answers]:
+def _ask(
+    model: Decoder, config: Config, corpus: Corpus, tasks: Tasks, step: int
+) -> Sequence[Answers]:
     """Return the answers to the tasks' questions, hidden in the corpus's text."""
     if not tasks.names:
         return ()
     from tqdm import tqdm
 
-    from data.tasks import TEXT_TASKS, corpus_texts
+    from data.tasks import corpus_texts, task_names
+    from train.evaluation.answers import DecoderReader
     from train.evaluation.questions import count_prompts, run_tasks
     from train.evaluation.questions import describe as in_words
 
-    stories = [name for name in TEXT_TASKS if name.startswith("story_")]
-    names = [n for name in tasks.names for n in (stories if name == FACTS else [name])]
+    names = task_names(tasks.names)
     reading = choose_reading(config, model.config.vocab_size)
     segment_len = reading.segment_len
-    lengths = tasks.lengths or (4 * segment_len, 16 * segment_len)
+    lengths = tasks.lengths or default_lengths(segment_len)
     total = count_prompts(names, lengths, tasks.depths, tasks.prompts)
     with tqdm(total=total, desc="questions", leave=False, disable=None) as bar:
         results = run_tasks(
@@ -263,51 +282,22 @@ def _ask(model: Decoder, config: Config, corpus: Corpus, tasks: Tasks) -> Sequen
             pubmedqa=tasks.pubmedqa,
             segment_len=segment_len,
             prepare_batch=reading.prepare_tokens,
+            reader=DecoderReader(model, step),  # a memory that trains in stages: as it was then
             done=bar.update,
         )
     return [Answers(result, in_words(result)) for result in results]
 
 
-def _say_answers(answers: Sequence[Answers]) -> None:
-    for result, words in answers:
-        tables = [aligned([table.heads, *table.rows]) for table in cell_tables(result.cells)[-1:]]
-        print("", words, *tables, sep="\n")
-        if result.verdict != "yes":
-            print(f"WARNING: {result.task}: memory used: {result.verdict}", file=sys.stderr)
+def _say_tasks(answers: Sequence[Answers], *, judged: bool) -> None:
+    for found in answers:
+        print()
+        say_answers(found, print, _warn, judged=judged)
+        for cells in cell_tables(found.result.cells)[-1:]:
+            print(aligned([cells.heads, *cells.rows]))
 
 
-def _track(
-    folder: Path, manifest: Manifest, config: Config, evaluation: Evaluation, files: list[Path]
-) -> None:
-    """Log an evaluation to the MLflow run that the checkpoint is of."""
-    with _tracker(folder, config) as tracker:
-        tracker.metrics(metrics(evaluation, "evaluate/"), manifest.step)
-        verdict = judge(evaluation)
-        if verdict is not None:
-            tracker.event(f"evaluated: {verdict}", manifest.step)
-        for path in files:
-            tracker.artifact(path, "evaluate")
-
-
-@contextmanager
-def _tracker(folder: Path, config: Config) -> Iterator[Any]:
-    from train.tracking.tracker import Tracker
-
-    run_dir = folder.resolve().parent.parent
-    done = (run_dir / "DONE").exists()
-    tracker = Tracker.open(
-        run_dir,
-        experiment=config.tracking.experiment,
-        run_name=config.name,
-        uri=config.tracking.uri,
-        system_every_s=0,
-    )
-    try:
-        yield tracker
-    finally:
-        tracker.close(status="FINISHED" if done else "SCHEDULED")
-        if tracker.problem:
-            print(f"tracking: not shipped: {tracker.problem}", file=sys.stderr)
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _parameters(model: Decoder) -> str:

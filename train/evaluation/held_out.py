@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from data.index import Corpus
 from model.decoder import Output
 from model.memory.base import State
-from model.memory.hmt import Hmt
 from parallel.mesh import Mesh
 from train.build import Built
-from train.evaluation.evaluate import describe, say_verdict, write_files
+from train.evaluation.evaluate import costs, describe, say_verdict, write_files
+from train.evaluation.layout_reader import LayoutReader, scattered_lanes
 from train.evaluation.measure import ALL, choose_lanes, measure
 from train.evaluation.positions import Evaluation
-from train.evaluation.report import REPORT, Report
+from train.evaluation.questions import Questions
+from train.evaluation.questions import describe as in_words
+from train.evaluation.report import REPORT, Answers, Report
+from train.evaluation.tasks import say_answers, task_metrics
 from train.evaluation.verdict import metrics
 from train.reading import choose_reading
 from train.settings.config import Config
 from train.tracking.tracker import NoTracker, Tracker
+
+_TOGETHER = 8
+"""Prompts in a call of the model, at most."""
 
 
 class HeldOut:
@@ -35,20 +43,42 @@ class HeldOut:
         tracker: Tracker | NoTracker,
         say: Callable[[str], None],
         check_stop: Callable[[], None],
+        *,
+        questions: Questions | None = None,
+        title: str = "",
+        folder: Path | None = None,
     ) -> None:
-        """check_stop: called on all ranks before each call of the model; may raise."""
+        """check_stop: called on all ranks before each call of the model; may raise.
+
+        questions: to ask beside the loss. title, folder: of the report (None: it is not written).
+        All ranks make it together.
+        """
         self.config, self.corpus, self.built, self.mesh = config, corpus, built, mesh
         self.tracker, self.say, self.check_stop = tracker, say, check_stop
+        self.questions, self.title, self.folder = questions, title, folder
+        if questions is not None:
+            _share_text(questions)
 
     def evaluate(self, step: int, *, compare: bool) -> Evaluation:
-        """Return held-out losses after `step` steps, and say and log them.
+        """Return held-out losses after `step` steps; say and log what was found.
 
         compare: with the memory off and shuffled as well, with the verdict and a warning where
-        the memory is not shown to be used. All ranks call this together. Raises what check_stop
-        raises.
+        the memory is not shown to be used; also ask the questions and write the report. All ranks
+        call this together. Raises what check_stop raises, and then nothing was said or written.
         """
+        evaluation = self._measure(step, compare and self._has_memory)
+        answers = self._ask(step) if compare else []
+        self._tell(step, evaluation, answers)
+        if compare and self.mesh.rank == 0 and self.folder is not None:
+            self._write(step, evaluation, answers, self.folder)
+        return evaluation
+
+    @property
+    def _has_memory(self) -> bool:
+        return self.config.model.memory.name != "none"
+
+    def _measure(self, step: int, compare: bool) -> Evaluation:
         config = self.config
-        compare = compare and config.model.memory.name != "none"
 
         def forward(
             tokens: Tensor, starts: Tensor, state: State, labels: Tensor, scale: Tensor
@@ -63,7 +93,7 @@ class HeldOut:
         reading = choose_reading(config, self.built.model.config.vocab_size)
         unit = scattered_lanes(self.built)
         documents = len(self.corpus.lengths)
-        evaluation = measure(
+        return measure(
             forward,
             self.corpus,
             segment_len=reading.segment_len,
@@ -77,8 +107,25 @@ class HeldOut:
             layout=self.built.layout,
             micro_batch=config.train.micro_batch,
         )
+
+    def _ask(self, step: int) -> list[Answers]:
+        """Return the answers to the questions, the same on all ranks."""
+        if self.questions is None:
+            return []
+        train, model = self.config.train, self.built.model
+        reader = LayoutReader(self.built, self.mesh, step=step, check_stop=self.check_stop)
+        reading = choose_reading(self.config, model.config.vocab_size)
+        # no more streams in a call than training's own calls have segments
+        most = max(2, min(_TOGETHER, train.micro_batch * self.config.bptt_segments))
+        found = self.questions.ask(reader, batch=most, prepare_batch=reading.prepare_tokens)
+        return [Answers(result, in_words(result)) for result in found]
+
+    def _tell(self, step: int, evaluation: Evaluation, answers: Sequence[Answers]) -> None:
         values = metrics(evaluation, "valid/")
-        self.tracker.metrics(values, step)
+        tasks: dict[str, float] = {}
+        for found in answers:
+            tasks |= task_metrics(found.result, "valid/")
+        self.tracker.metrics(values | tasks, step)
 
         def say(text: str) -> None:
             self.say(f"step {step} | {text}")
@@ -90,11 +137,15 @@ class HeldOut:
         for name, value in values.items():
             if name.startswith("valid/loss"):
                 say(f"{name} {value:.4f}")
+        say(costs(evaluation))
         say_verdict(evaluation, say, warn)
-        return evaluation
+        for found in answers:
+            say_answers(found, say, warn, judged=self._has_memory)
 
-    def report(self, step: int, evaluation: Evaluation, title: str, folder: Path) -> None:
-        """Write an evaluation's page into the run's folder, and log it (rank 0)."""
+    def _write(
+        self, step: int, evaluation: Evaluation, answers: Sequence[Answers], folder: Path
+    ) -> None:
+        """Write an evaluation's page into the run's folder, and log it."""
         mesh = self.mesh
         parameters = f"{count_parameters(self.built):,}" + " a TP rank" * (mesh.tp > 1)
         where = f"{mesh.world_size} ranks on {mesh.device.type}"
@@ -107,14 +158,26 @@ class HeldOut:
             "fingerprint": self.corpus.fingerprint,
         }
         notes = [f"left out: {damage}" for damage in self.corpus.damage]
-        report = Report(title=title, facts=facts, evaluation=evaluation, notes=notes)
-        for path in write_files(folder / REPORT, report, about):
+        title = f"{self.title}, step {step:,}"
+        report = Report(title, facts, evaluation, tasks=answers, notes=notes)
+        try:
+            files = write_files(folder / REPORT, report, about)
+        except OSError as error:  # a full disk, say: the run is worth more than its page
+            self.say(f"step {step} | {REPORT} was not written: {error}")
+            return
+        for path in files:
             self.tracker.artifact(path)
 
 
-def scattered_lanes(built: Built) -> int:
-    """Return what lanes come in multiples of: sequence parallelism cuts hmt's rows evenly then."""
-    return built.model.linears.scattered if isinstance(built.model.memory, Hmt) else 1
+def _share_text(questions: Questions) -> None:
+    """Let all ranks hide facts in rank 0's text, or they would not make the same calls.
+
+    Each read it by itself, and a damaged file may have been left out on one node alone.
+    """
+    filler = questions.filler
+    held: list[Any] = [filler.pieces, filler.counts]
+    dist.broadcast_object_list(held, src=0)
+    filler.pieces, filler.counts = held
 
 
 def count_parameters(built: Built) -> int:

@@ -8,9 +8,10 @@ do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from data.tasks import (
     Filler,
     Grid,
     Prompt,
+    PubMedQA,
     Unfit,
     check_task,
     corpus_texts,
@@ -28,10 +30,19 @@ from data.tasks import (
 )
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from train.evaluation.answers import Answered, DecoderReader, PrepareBatch, Reader, lay_out, measure
+from train.evaluation.answers import (
+    Answered,
+    DecoderReader,
+    Metered,
+    PrepareBatch,
+    Reader,
+    lay_out,
+    measure,
+)
 from train.evaluation.confidence import Share, Verdict, paired_difference, share, verdict
 from train.remote import open_remote
 from train.settings.config import Config
+from train.tracking.progress import short
 
 PAIRS = (1, 4, 16, 64)
 """Of associative recall: how many codes a document holds."""
@@ -72,9 +83,14 @@ class TaskResult:
     metric: str  # exact (every token of the answer) or choice (the likeliest of the choices)
     cells: tuple[Cell, ...]
     far: int  # prompts whose fact lies before the segment of the question
-    on_off: Share  # difference of shares right, over those
+    on: Share  # right, over those
+    off: Share
+    shuffled: Share
+    on_off: Share  # difference of shares right
     on_shuffled: Share
     verdict: Verdict
+    state_bytes: int = 0  # the most that a stream carried on this rank
+    tokens_per_s: float = math.nan  # of text, read in all conditions by all ranks together
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; null where a number is not finite."""
@@ -83,8 +99,13 @@ class TaskResult:
             "metric": self.metric,
             "used": self.verdict,
             "far": self.far,
+            "on": _plain(self.on),
+            "off": _plain(self.off),
+            "shuffled": _plain(self.shuffled),
             "on_off": _plain(self.on_off),
             "on_shuffled": _plain(self.on_shuffled),
+            "state_bytes": self.state_bytes,
+            "tokens_per_s": self.tokens_per_s if math.isfinite(self.tokens_per_s) else None,
             "cells": [cell.to_json() for cell in self.cells],
         }
 
@@ -120,41 +141,109 @@ def run_tasks(
     a segment, fewer than two questions of pubmedqa that fit. The model is whole on this process.
     Raises ValueError for what the user can mend, before anything is read.
     """
-    length = segment_len or config.data.segment_len
-    _check(model, tokenizer, lengths, prompts)
-    rounded = sorted({-(-n // length) * length for n in lengths})
-    grid = Grid(rounded, sorted(set(depths)), sorted(set(pairs)), prompts, seed)
-    asked = read_pubmedqa(pubmedqa) if pubmedqa else None
-    for name in names:
-        check_task(name, grid, asked)
-    texts = _valid_texts(config, 2 * rounded[-1]) if filler is None else filler
-    kept = Filler.of(texts, tokenizer.encode, 2 * rounded[-1])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocab_size"
+            f" is {model.config.vocab_size}; use the tokenizer that the run was prepared with"
+        )
+    questions = Questions(
+        names,
+        tokenizer,
+        _valid_texts(config) if filler is None else lambda tokens: filler,
+        lengths=lengths,
+        depths=depths,
+        prompts=prompts,
+        seed=seed,
+        pairs=pairs,
+        segment_len=segment_len or config.data.segment_len,
+        pubmedqa=pubmedqa,
+    )
+    return questions.ask(
+        reader or DecoderReader(model), batch=batch, prepare_batch=prepare_batch, done=done
+    )
 
-    def make(name: str, cell: Grid) -> list[Prompt]:
-        return list(make_prompts(name, kept, cell, pubmedqa=asked, question_tokens=length))
 
-    for name in names:  # at the greatest length at least something must fit
-        for prompt in make(name, next(grid._replace(lengths=rounded[-1:], prompts=1).cells(name))):
-            lay_out(prompt, tokenizer, length)
-    results = []
-    for name in names:
-        cells: list[tuple[Place, list[Answered]]] = []
-        for cell in grid.cells(name):
-            with suppress(Unfit):
-                made = make(name, cell)
-                if len(made) > 1:
-                    answers = measure(
-                        reader or DecoderReader(model),
-                        made,
-                        tokenizer,
-                        segment_len=length,
-                        batch=batch,
-                        prepare_batch=prepare_batch,
-                    )
-                    cells.append((Place(made[0].length, made[0].depth, made[0].pairs), answers))
-            done(prompts)
-        results.append(summarise(name, cells))
-    return results
+class Questions:
+    """Tasks that are known to fit, ready to be asked of any model, and as often as is wanted."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokenizer: Tokenizer,
+        texts: Callable[[int], Iterable[str]],
+        *,
+        lengths: Sequence[int],
+        depths: Sequence[float],
+        prompts: int,
+        seed: int,
+        segment_len: int,
+        pairs: Sequence[int] = PAIRS,
+        pubmedqa: Path | None = None,
+    ) -> None:
+        """texts(tokens): documents to hide facts in, of each about so many tokens; see run_tasks.
+
+        Raises ValueError for what the user can mend.
+        """
+        if not lengths or min(lengths) < 1:
+            raise ValueError(
+                f"lengths={list(lengths)} must be one or more numbers of tokens from 1 on"
+            )
+        if prompts < 2:
+            raise ValueError(
+                f"prompts={prompts}: shuffling memories needs at least 2 of each length"
+            )
+        rounded = sorted({-(-n // segment_len) * segment_len for n in lengths})
+        self.names, self.tokenizer, self.segment_len = names, tokenizer, segment_len
+        self.grid = Grid(rounded, sorted(set(depths)), sorted(set(pairs)), prompts, seed)
+        self.pubmedqa: PubMedQA | None = read_pubmedqa(pubmedqa) if pubmedqa else None
+        for name in names:
+            check_task(name, self.grid, self.pubmedqa)
+        longest = 2 * rounded[-1]
+        self.filler = Filler.of(texts(longest), tokenizer.encode, longest)
+        few = self.grid._replace(lengths=rounded[-1:], prompts=1)
+        for name in names:  # at the greatest length at least something must fit
+            for prompt in self._make(name, next(few.cells(name))):
+                lay_out(prompt, tokenizer, segment_len)
+
+    def ask(
+        self,
+        reader: Reader,
+        *,
+        batch: int = 8,
+        prepare_batch: PrepareBatch | None = None,
+        done: Callable[[int], object] = lambda prompts: None,
+    ) -> list[TaskResult]:
+        """Return what the tasks find, in their order; see run_tasks."""
+        results = []
+        for name in self.names:
+            cells: list[tuple[Place, list[Answered]]] = []
+            metered = Metered(reader, self.segment_len)
+            for cell in self.grid.cells(name):
+                with suppress(Unfit):
+                    made = self._make(name, cell)
+                    if len(made) > 1:
+                        answers = measure(
+                            metered,
+                            made,
+                            self.tokenizer,
+                            segment_len=self.segment_len,
+                            batch=batch,
+                            prepare_batch=prepare_batch,
+                        )
+                        cells.append((Place(made[0].length, made[0].depth, made[0].pairs), answers))
+                done(cell.prompts)
+            found = summarise(name, cells)
+            results.append(
+                replace(found, state_bytes=metered.state_bytes, tokens_per_s=metered.tokens_per_s)
+            )
+        return results
+
+    def _make(self, name: str, cell: Grid) -> list[Prompt]:
+        return list(
+            make_prompts(
+                name, self.filler, cell, pubmedqa=self.pubmedqa, question_tokens=self.segment_len
+            )
+        )
 
 
 def count_prompts(
@@ -183,6 +272,9 @@ def summarise(task: str, cells: Sequence[tuple[Place, Sequence[Answered]]]) -> T
             for place, answers in cells
         ),
         far=len(far),
+        on=share(sum(on), len(far)),
+        off=share(sum(off), len(far)),
+        shuffled=share(sum(shuffled), len(far)),
         on_off=differences[0],
         on_shuffled=differences[1],
         verdict=verdict(differences, len(far)),
@@ -190,7 +282,13 @@ def summarise(task: str, cells: Sequence[tuple[Place, Sequence[Answered]]]) -> T
 
 
 def describe(result: TaskResult) -> str:
-    """Return the verdict in one line of words."""
+    """Return the verdict, and what carrying the memory costs, in one line of words."""
+    costs = f"; state {result.state_bytes:,} bytes a stream, {short(result.tokens_per_s)} tokens/s"
+    words = _in_words(result)
+    return words + costs if math.isfinite(result.tokens_per_s) else words
+
+
+def _in_words(result: TaskResult) -> str:
     if result.far == 0:
         return f"{result.task}: every question had its fact in its own segment; use longer lengths"
     off, other = (
@@ -207,28 +305,11 @@ def _columns(answers: Sequence[Answered]) -> tuple[list[bool], list[bool], list[
     return on, off, shuffled
 
 
-def _check(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    lengths: Sequence[int],
-    prompts: int,
-) -> None:
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths={list(lengths)} must be one or more numbers of tokens from 1 on")
-    if prompts < 2:
-        raise ValueError(f"prompts={prompts}: shuffling memories needs at least 2 of each length")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocab_size"
-            f" is {model.config.vocab_size}; use the tokenizer that the run was prepared with"
-        )
-
-
-def _valid_texts(config: Config, tokens: int) -> Iterable[str]:
+def _valid_texts(config: Config) -> Callable[[int], Iterable[str]]:
     if config.data.valid is None:
         raise ValueError("the run has no data.valid to hide facts in; name prepared shards or text")
     corpus = Corpus.open(config.data.valid, config.data.on_damage, open_remote(config))
-    return corpus_texts(corpus, tokens)
+    return lambda tokens: corpus_texts(corpus, tokens)
 
 
 def _plain(value: Share) -> dict[str, float | None]:

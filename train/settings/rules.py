@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data.urls import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
+from train.settings.evaluation_rules import EVALUATION_RULES
 from train.settings.memories import IN_TURN, Memory, find_memory
 from train.settings.memory_rules import MEMORY_RULES
 from train.settings.pretrained_keys import PRETRAINED_RULES
@@ -287,12 +288,6 @@ def _cache_dir(
     )
 
 
-def _eval_every(eval_every: int | None, valid: object) -> str | None:
-    if eval_every is None or valid is not None:
-        return None
-    return f"{eval_every} needs data.valid, which is not set; give a prepared folder, or use null"
-
-
 def _keep_every(keep_every: int | None, every: int) -> str | None:
     if keep_every is None:
         return None
@@ -335,6 +330,6 @@ RULES: tuple[Rule, ...] = (
     ),
     *PROFILE_RULES,
     Rule("data.cache_dir", ("data.cache_dir", "data.train", "data.valid"), _cache_dir),
-    Rule("train.eval_every", ("train.eval_every", "data.valid"), _eval_every),
+    *EVALUATION_RULES,
     Rule("checkpoint.keep_every", ("checkpoint.keep_every", "checkpoint.every"), _keep_every),
 )

@@ -22,6 +22,7 @@ from train.settings.units import (
     Decay,
     Duration,
     Index,
+    Names,
     NonNegative,
     Positive,
     Section,
@@ -374,7 +375,19 @@ class TrainSection(Section):
         default=True,
         description="Also measure each evaluation with the memory off and shuffled between"
         " documents, and warn where it is not used: three to four times the work. The last"
-        " evaluation always does.",
+        " evaluation always does. With it the report in the run's folder is written anew.",
+    )
+    eval_tasks: Names = Field(
+        default=(),
+        description="Questions whose answer lies far back, asked at each evaluation that compares,"
+        " over documents of 4 and 16 segments: such as [passkey, recall, facts]. All data-parallel"
+        " ranks read the same ones. A prompt takes about 10 segments; passkey asks 6 *"
+        " eval_prompts, recall 8 *, facts 8 *.",
+    )
+    eval_prompts: Annotated[int, Field(ge=2), Whole] = Field(
+        default=8,
+        description="Questions of eval_tasks for each length and place. At least 2: they exchange"
+        " their memories. More make the intervals narrower.",
     )
 
 

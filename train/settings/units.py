@@ -52,6 +52,13 @@ def parse_tokens(value: object) -> int:
     )
 
 
+def parse_names(value: object) -> object:
+    """Return the names of `passkey,recall` one by one; what is no text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    return tuple(name for part in value.split(",") if (name := part.strip()))
+
+
 def parse_bytes(value: object) -> int:
     """Return a number of bytes from `1000000`, `512M` (536870912), `1.5G` or `2T`."""
     match = _BYTE_SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -101,6 +108,12 @@ def _number(value: object) -> float | None:
 Whole = BeforeValidator(parse_whole)
 Index = Annotated[int, Field(ge=0), Whole]
 Count = Annotated[int, Field(ge=1), Whole]
+
+_NamesText = Annotated[str, Field(pattern=r"^[^,]+(,[^,]+)*$")]
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(parse_names, json_schema_input_type=tuple[str, ...] | _NamesText),
+]
 
 _Real = BeforeValidator(parse_real)
 Real = Annotated[float, _Real]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data.index import Corpus
 from data.remote import Remote
@@ -28,6 +28,9 @@ from train.settings.memories import LandmarkMemory
 from train.starting.changes import find_changes
 from train.starting.init_from import Start, find_start
 
+if TYPE_CHECKING:
+    from train.evaluation.questions import Questions
+
 
 class Inputs(NamedTuple):
     """The opened data, and the checkpoint that a new run starts from."""
@@ -36,6 +39,7 @@ class Inputs(NamedTuple):
     valid: Corpus | None
     remote: Remote | None = None  # what URLs are read with
     start: Start | None = None
+    questions: Questions | None = None  # of train.eval_tasks
 
     def metrics(self) -> dict[str, float]:
         """Return what this rank fetched from URLs since it began, retries among it."""
@@ -65,6 +69,7 @@ def open_inputs(config: Config, *, fresh: bool = False, starts: bool = True) -> 
     valid = None
     if config.data.valid is not None:
         valid = _open(config, config.data.valid, "data.valid", problems, remote)
+    questions = None if valid is None else _open_questions(config, valid, problems)
     if train is not None:
         problems += _tokenizer_problems(config, train, valid)
         if not needs_counts(config):
@@ -96,7 +101,7 @@ def open_inputs(config: Config, *, fresh: bool = False, starts: bool = True) -> 
     if problems:
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     assert train is not None
-    return Inputs(train, valid, remote, start)
+    return Inputs(train, valid, remote, start, questions)
 
 
 def chooses_by_later_tokens(config: Config) -> bool:
@@ -130,6 +135,20 @@ def _open(
         return Corpus.open(folder, config.data.on_damage, remote)
     except (ValueError, OSError) as error:
         problems.append((field, str(error)))
+        return None
+
+
+def _open_questions(
+    config: Config, valid: Corpus, problems: list[tuple[str, str]]
+) -> Questions | None:
+    if not config.train.eval_tasks:
+        return None
+    from train.evaluation.tasks import open_questions
+
+    try:
+        return open_questions(config, valid)
+    except (ValueError, OSError) as error:
+        problems.append(("train.eval_tasks", str(error)))
         return None
 
 
