@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import HmtMemory
+from model.config import HmtMemory, LandmarkMemory, MemoryConfig
 from model.decoder import Decoder
 from model.init import initialise
 from model.local import FoldedSequence
@@ -62,14 +62,14 @@ def on_a_rank(exchange: str, layout_name: str) -> dict[str, dict[str, Tensor]]:
 
 
 def fitting(layout: str) -> list[str]:
-    """Search needs the first half of a segment evenly on all ranks."""
-    return [
-        name
-        for name in MEMORIES
-        if layout == "zigzag"
-        or not isinstance(memory := config_of(Case(memory=name)).memory, HmtMemory)
-        or memory.search_from
-    ]
+    """Search needs the first half of a segment evenly on all ranks, retrieval all of it on one."""
+
+    def fits(memory: MemoryConfig) -> bool:
+        if isinstance(memory, LandmarkMemory):
+            return not memory.retrieve
+        return layout == "zigzag" or not isinstance(memory, HmtMemory) or bool(memory.search_from)
+
+    return [name for name in MEMORIES if fits(config_of(Case(memory=name)).memory)]
 
 
 @pytest.mark.gloo

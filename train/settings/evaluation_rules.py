@@ -12,6 +12,8 @@ def _eval_every(eval_every: int | None, valid: object) -> str | None:
 
 
 def _eval_tasks(eval_tasks: tuple[str, ...], valid: object) -> str | None:
+    if not eval_tasks:
+        return None
     from data.tasks import FACTS, PUBMEDQA, TEXT_TASKS
 
     known = [name for name in (*TEXT_TASKS[:2], FACTS, *TEXT_TASKS[2:]) if name != PUBMEDQA]
@@ -23,7 +25,7 @@ def _eval_tasks(eval_tasks: tuple[str, ...], valid: object) -> str | None:
     for name in eval_tasks:
         if name not in known:
             return f"{name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}"
-    if eval_tasks and valid is None:
+    if valid is None:
         return (
             f"{', '.join(eval_tasks)}: questions are hidden in the text of data.valid, which is not"
             " set; give a prepared folder, or use []"
