@@ -343,7 +343,7 @@ class TrainSection(Section):
         default=False,
         description="armt: run the layers side by side, each with another segment (diagonals), so N"
         " segments take N + num_layers - 1 calls of a block instead of N * num_layers. For a copy"
-        " of the blocks' weights; it pays where segments are short for the device.",
+        " of the blocks' weights; for segments too short to fill a GPU (a CPU gains nothing).",
     )
     compile: bool = Field(
         default=False,
