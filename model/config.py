@@ -257,6 +257,11 @@ class ModelConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def landmark(self) -> int | None:
+        """Id of the token that closes each block of landmark attention, the last one; or None."""
+        return self.vocab_size - 1 if isinstance(self.memory, LandmarkMemory) else None
+
+    @property
     def window(self) -> int:
         """Previous segments whose keys a token also reads."""
         if isinstance(self.memory, WindowMemory):

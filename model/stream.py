@@ -104,8 +104,8 @@ class Recomputed:
 class Stream:
     """B streams that read on and on; what it holds is bounded by the segment and the memory.
 
-    segment_len: positions of a segment, as in training. landmark: its token's id, which is put
-    behind every block - 1 tokens read, where the model has landmark memory.
+    segment_len: positions of a segment, as in training. Where the model has landmark memory, a
+    landmark is put behind every block - 1 tokens read.
     """
 
     def __init__(
@@ -114,15 +114,12 @@ class Stream:
         segment_len: int,
         *,
         batch: int = 1,
-        landmark: int | None = None,
         segments_per_call: int = 1,
     ) -> None:
         memory = model.config.memory
         self.model, self.segment_len = model, segment_len
         self.block = memory.block if isinstance(memory, LandmarkMemory) else None
-        if self.block is not None and landmark is None:
-            raise ValueError("this model reads landmarks; give the landmark token's id")
-        self.landmark, self.segments_per_call = landmark, segments_per_call
+        self.landmark, self.segments_per_call = model.config.landmark, segments_per_call
         # Tokens of text that a segment takes; landmarks take the rest of its positions.
         self.text_len = segment_len
         if self.block is not None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from model.compact import Compact, continue_from
-from model.config import LandmarkMemory, NoMemory
+from model.config import NoMemory
 from model.decoder import Decoder
 from model.homer import merge_context, plan_merge, truncated
 from model.memory.base import named_tensors
@@ -93,11 +93,9 @@ def run(
 def read_prompt(model: Decoder, config: Config, pieces: Iterator[Tensor]) -> tuple[Stream, Tensor]:
     """Read a prompt to its end; return the stream there, and the logits [V] after it."""
     device = next(model.parameters()).device
-    memory = model.config.memory
-    landmark = model.config.vocab_size - 1 if isinstance(memory, LandmarkMemory) else None
     segment_len = config.data.segment_len
     at_once = max(1, TOKENS_AT_ONCE // segment_len)
-    stream = Stream(model, segment_len, landmark=landmark, segments_per_call=at_once)
+    stream = Stream(model, segment_len, segments_per_call=at_once)
     logits = torch.zeros(0)
     began = time.perf_counter()
     with tqdm(desc="prompt", unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:

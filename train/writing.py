@@ -15,7 +15,6 @@ from torch import Tensor
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.urls import shown_folder
 from data.wide import WideCorpus
-from model.config import LandmarkMemory
 from model.decoder import Decoder
 from model.sampling import Sampler, Sampling
 from train.checkpoints.manifest import Manifest
@@ -68,7 +67,7 @@ def open_tokenizer(
         given = f"{shown_folder(folder)} was prepared with"
     else:
         words, given = load_tokenizer(str(file)), f"{file} is"
-    ids = model.config.vocab_size - isinstance(model.config.memory, LandmarkMemory)
+    ids = model.config.vocab_size if model.config.landmark is None else model.config.landmark
     if words.vocab_size > ids:
         raise ValueError(
             f"the tokenizer has {words.vocab_size} ids and the model reads {ids}: it was trained"

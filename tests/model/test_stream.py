@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model import stream
-from model.config import LandmarkMemory, MemoryConfig
+from model.config import LandmarkMemory, MemoryConfig, WindowMemory
 from model.decoder import Decoder
 from model.memory.base import named_tensors
 from model.stream import Stream
@@ -56,7 +56,7 @@ def test_pieces_of_any_length_give_the_logits_of_training(
 ) -> None:
     model = build(config_of(memory)).eval()
     tokens = text(length_of(memory, SEGMENTS))
-    reader = Stream(model, SEGMENT_LEN, batch=2, landmark=LANDMARK, segments_per_call=2)
+    reader = Stream(model, SEGMENT_LEN, batch=2, segments_per_call=2)
     found, first = [], 0
     while first < tokens.shape[1]:
         for piece in pieces:
@@ -72,8 +72,8 @@ def test_pieces_of_any_length_give_the_logits_of_training(
 def test_only_the_last_logits_are_computed_where_no_others_are_wanted(memory: MemoryConfig) -> None:
     model = build(config_of(memory)).eval()
     tokens = text(length_of(memory, 2) + 3)
-    every = Stream(model, SEGMENT_LEN, batch=2, landmark=LANDMARK).read_all(tokens)
-    reader = Stream(model, SEGMENT_LEN, batch=2, landmark=LANDMARK)
+    every = Stream(model, SEGMENT_LEN, batch=2).read_all(tokens)
+    reader = Stream(model, SEGMENT_LEN, batch=2)
     assert relative(reader.read(tokens[:, :-3]), every[:, -4]) < 1e-12
     assert relative(reader.read(tokens[:, -3:]), every[:, -1]) < 1e-12
 
@@ -84,16 +84,15 @@ def test_an_open_segment_read_on_is_the_one_read_whole(
 ) -> None:
     """Incremental against its slow twin, the state after it too."""
     model, tokens = build(config_of(memory)).eval(), text(19)
-    fast = Stream(model, SEGMENT_LEN, batch=2, landmark=LANDMARK)
+    fast = Stream(model, SEGMENT_LEN, batch=2)
     logits = torch.cat([fast.read_all(tokens[:, i : i + 1]) for i in range(19)], 1)
     monkeypatch.setattr(stream, "Incremental", stream.Recomputed)
-    slow = Stream(model, SEGMENT_LEN, batch=2, landmark=LANDMARK)
+    slow = Stream(model, SEGMENT_LEN, batch=2)
     assert relative(logits, slow.read_all(tokens)) < 1e-10
     found, expected = (named_tensors(s.carried, "") for s in (fast, slow))
     assert found.keys() == expected.keys()
 
 
-def test_a_landmark_model_wants_the_landmarks_id() -> None:
-    model = build(config_of(LandmarkMemory(block=2)))
-    with pytest.raises(ValueError, match="landmark token's id"):
-        Stream(model, SEGMENT_LEN)
+def test_a_landmark_is_the_last_id() -> None:
+    assert config_of(LandmarkMemory(block=2, window=1)).landmark == LANDMARK
+    assert config_of(WindowMemory(1)).landmark is None

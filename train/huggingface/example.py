@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.settings.config import Config
-from train.settings.memories import LandmarkMemory, describe_memory, find_memory
+from train.settings.memories import describe_memory
 
 _BASE = """\
 ```python
@@ -29,7 +29,7 @@ from train.huggingface.loading import load_folder
 
 tokenizer = load_tokenizer("tokenizer.json")
 model, config = load_folder(".")
-stream = Stream(model, config.data.segment_len{landmark})
+stream = Stream(model, config.data.segment_len)
 text = "Once upon a time " * 1000  # any length: what is held does not grow with it
 logits = stream.read(torch.from_numpy(tokenizer.encode(text).astype("int64"))[None])
 print(repr(tokenizer.decode([int(logits[0, : tokenizer.vocab_size].argmax())])))
@@ -56,11 +56,5 @@ def readme(config: Config, step: int, dtype: str, has_tokenizer: bool) -> str:
         return "\n\n".join([*parts, "It was exported without a tokenizer.\n"])
     parts += ["## With transformers\n\nIn this folder:", _BASE]
     if memory.name != "none":
-        landmark = find_memory(memory, "landmark")
-        token = (
-            ""
-            if not isinstance(landmark, LandmarkMemory)
-            else ", landmark=model.config.vocab_size - 1"
-        )
-        parts += ["## With longhaul, memory and all", _MEMORY.replace("{landmark}", token)]
+        parts += ["## With longhaul, memory and all", _MEMORY]
     return "\n\n".join(parts)
