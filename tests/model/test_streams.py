@@ -65,6 +65,8 @@ def stream(memory: MemoryConfig, segments: int) -> set[int]:
             logits, state = model(tokens, starts, state)
         assert logits.isfinite().all()
         for name, x in named_tensors(state, "").items():
+            if "/store/" in name:  # with room behind its end, which holds anything
+                continue
             assert x.isfinite().all(), name  # weights of slots too: they have been written
         sizes.add(state_bytes(state))
     return sizes
