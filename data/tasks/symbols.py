@@ -32,7 +32,6 @@ class TokenTask(NamedTuple):
     tokens: Int64Array  # [B, N, S]
     labels: Int64Array  # [B, N, S], the answer's tokens after the question; IGNORE elsewhere
     gold: Int64Array  # [B], the segment that holds what is asked for, as last written
-    plain: NDArray[np.bool_]  # [B, N], filler alone: what length amplification may multiply
 
 
 def vocab_size(names: int) -> int:
@@ -41,11 +40,7 @@ def vocab_size(names: int) -> int:
 
 
 def fill(rng: np.random.Generator, batch: int, segments: int, segment_len: int) -> Int64Array:
-    """Return [B, N, S] of filler, iid.
-
-    To ask at 1M tokens, make a task of two segments (fact, question) and read as much of this
-    in between as the distance needs: nothing of that length has to be held.
-    """
+    """Return [B, N, S] of filler, iid."""
     return rng.integers(0, FILLER, (batch, segments, segment_len))
 
 
@@ -81,7 +76,7 @@ def ask(
     tokens[:, -1, -length - question.shape[1] : -length] = question
     labels = np.full_like(tokens, IGNORE)
     labels[:, -1, -length - 1 : -1] = answer
-    return TokenTask(tokens, labels, gold, np.asarray((tokens < FILLER).all(2)))
+    return TokenTask(tokens, labels, gold)
 
 
 def name_rows(rng: np.random.Generator, batch: int, names: int, count: int) -> Int64Array:
