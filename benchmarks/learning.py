@@ -80,7 +80,9 @@ SETTINGS: dict[str, Setting] = {
     "rmt": Setting(RmtMemory(16, state="norm")),
     "rmt-bptt-0": Setting(RmtMemory(16, state="norm"), bptt=1),
     "rmt-bptt-1": Setting(RmtMemory(16, state="norm"), bptt=2),
+    "rmt-bptt-2": Setting(RmtMemory(16, state="norm"), bptt=3),
     "rmt-bptt-3": Setting(RmtMemory(16, state="norm"), bptt=4),
+    "rmt-bptt-4": Setting(RmtMemory(16, state="norm"), bptt=5),
     "armt": Setting(ArmtMemory(16, 32)),
     "hmt": Setting(HmtMemory(bank=64, sensory=8, search_dim=32)),
     "landmark": Setting(LandmarkMemory(SEGMENT + 1, retrieve=2, layers="last"), carried=False),
@@ -294,7 +296,7 @@ def table(runs: Runs) -> str:
             rows = _differences(seeds, other, kind)
             text += f"\n| {label} - {memory} ({len(rows)}) |" + _cells(rows, spread=True)
     deepest = runs.get("rmt", {})
-    for memory in ("rmt-bptt-0", "rmt-bptt-1", "rmt-bptt-3"):
+    for memory in (name for name in runs if name.startswith("rmt-bptt-")):
         rows = _differences(deepest, runs.get(memory, {}), "on")
         text += f"\n| {memory} - rmt ({len(rows)}) |" + _cells(rows, spread=True)
     text += (
