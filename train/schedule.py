@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from train.settings.sections import TrainSection
+from train.settings.training import TrainSection
 
 
 def learning_rate(train: TrainSection, step: int) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.settings.sections import ModelSection
+from train.settings.model import ModelSection
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",

@@ -18,8 +18,9 @@ from pydantic import Field, ValidationError
 from data.tasks import PASSKEY_VOCAB, vocab_size
 from model.config import ModelConfig
 from train.settings.memories import HmtMemory, to_memory_config
+from train.settings.model import ModelSection
 from train.settings.problems import ConfigError
-from train.settings.sections import ModelSection, RunName
+from train.settings.sections import RunName
 from train.settings.units import (
     Count,
     Decay,

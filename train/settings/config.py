@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel
 
+from train.settings.data import DataSection
 from train.settings.memories import spelled_out
+from train.settings.model import ModelSection
 from train.settings.problems import ConfigError, find_problems, section_of, union_members
 from train.settings.sections import (
     CheckpointSection,
     Config,
-    DataSection,
-    ModelSection,
     ParallelSection,
     TrackingSection,
-    TrainSection,
 )
+from train.settings.training import TrainSection
 
 __all__ = [
     "CheckpointSection",

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from data.urls import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
+from train.settings.data import CorpusShare
 from train.settings.evaluation_rules import EVALUATION_RULES
 from train.settings.memories import IN_TURN, Memory, find_memory
 from train.settings.memory_rules import MEMORY_RULES
 from train.settings.pretrained_keys import PRETRAINED_RULES
 from train.settings.profile import PROFILE_RULES
 from train.settings.remedies import Rule, nearest, nearest_divisors, nearest_multiples, not_multiple
-from train.settings.sections import CorpusShare, CurriculumStage
+from train.settings.training import CurriculumStage
 
 
 def broken_rules(values: Mapping[str, object]) -> list[tuple[str, str]]:
