@@ -1,12 +1,14 @@
-"""A training step, forward to optimizer, beside Hugging Face transformers on the same shape.
+"""A training step, forward to optimizer, beside other stacks' on the same shape (peers.py).
 
-    python benchmarks/step.py [--tokens 1024] [--precision bf16] [--memory none] [--rounds 5]
-    python benchmarks/step.py --peak ours|hf|hf-ckpt ...      one of them alone: its peak memory
+    python -m benchmarks.step [--tokens 1024] [--precision bf16] [--memory none] [--rounds 5]
+    python -m benchmarks.step --peak ours|hf|hf-ckpt ...     one of them alone: its peak memory
+    python -m benchmarks.step --profile ours ...             ... where its time goes
 
 8 layers of width 512, 8 query and 4 key heads, FFN 1408, vocabulary 32000, one thread, the same
 fused AdamW. Each way is a process of its own. Tokens per CPU second, medians of alternating rounds:
 what else runs on the machine takes wall time and no CPU time of ours (it still takes caches and
 bandwidth). "-heap" is a peer in a process whose memory is managed as ours is (parallel/heap.py).
+The last column is causal FLOPs, each way's own memory counted, in those of a large matrix product.
 """
 
 from __future__ import annotations
@@ -18,22 +20,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from benchmarks.peers import (
+    Shape,
+    megatron_gpt,
+    torchtitan_llama,
+    training_step,
+    transformers_llama,
+)
 from data.streams import Batch
+from model.config import NoMemory
 from parallel.heap import settle_heap
 from parallel.mesh import build_mesh, start_processes
 from train.build import build, to_model_config
 from train.loop import TrainState, train_steps
+from train.metrics import training_flops_per_token
 from train.settings.config import Config, validate
 
-SHAPE = {
-    "num_layers": 8, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 1408,
-    "vocab_size": 32000, "tie_embeddings": False,
-}  # fmt: skip
+VOCABULARY = Shape(0).vocab_size
 Step = Callable[[], float]
 
 
@@ -41,10 +50,12 @@ def configuration(options: argparse.Namespace) -> Config:
     """Return one rank's run of one sample a step."""
     segment = min(options.tokens, options.segment or options.tokens)
     memory: dict[str, Any] = {"name": options.memory}
+    shape = Shape(options.tokens)._asdict()
+    del shape["tokens"]
     return validate(
         {
             "name": "step",
-            "model": {**SHAPE, "memory": memory},
+            "model": {**shape, "memory": memory},
             "data": {"train": "-", "segment_len": segment, "sample_len": options.tokens},
             "parallel": {"tp": 1, "cp": 1, "zero": 1},
             "train": {
@@ -61,11 +72,11 @@ def ours(options: argparse.Namespace) -> Step:
     """Return the step as `longhaul pretrain` does it, without reading data."""
     config = configuration(options)
     mesh = build_mesh(tp=1, cp=1)
-    built = build(config, to_model_config(config, SHAPE["vocab_size"]), mesh)
+    built = build(config, to_model_config(config, VOCABULARY), mesh)
     state, size = TrainState(), config.data.segment_len
 
     def step() -> float:
-        ids = torch.randint(0, SHAPE["vocab_size"], (1, options.tokens + 1))
+        ids = torch.randint(0, VOCABULARY, (1, options.tokens + 1))
         batch = Batch(
             tokens=ids[:, :-1].reshape(1, -1, size),
             labels=ids[:, 1:].reshape(1, -1, size),
@@ -79,54 +90,26 @@ def ours(options: argparse.Namespace) -> Step:
     return step
 
 
-def hugging_face(
-    options: argparse.Namespace, *, checkpointing: bool = False, compiled: bool = False
-) -> Step:
-    """Return the step of transformers' LlamaForCausalLM: sdpa, autocast, the same AdamW."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def peer(options: argparse.Namespace, name: str) -> Step:
+    """Return another stack's step; `-compiled`: with each layer compiled, as ours are."""
+    shape = Shape(options.tokens)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=SHAPE["hidden_size"],
-            num_hidden_layers=SHAPE["num_layers"],
-            num_attention_heads=SHAPE["num_heads"],
-            num_key_value_heads=SHAPE["num_kv_heads"],
-            intermediate_size=SHAPE["ffn_size"],
-            vocab_size=SHAPE["vocab_size"],
-            max_position_embeddings=options.tokens,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    )
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    if compiled:
-        for layer in model.model.layers:
+    found = {
+        "hf": lambda: transformers_llama(shape),
+        "hf-ckpt": lambda: transformers_llama(shape, checkpointing=True),
+        "mcore": lambda: megatron_gpt(shape, dtype),
+        "titan": lambda: torchtitan_llama(shape),
+    }[name.removesuffix(COMPILED)]()
+    if name.endswith(COMPILED):
+        for layer in found.layers:
             layer.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> float:
-        ids = torch.randint(0, SHAPE["vocab_size"], (1, options.tokens))
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss)
-
-    return step
+    return training_step(found, shape, options.precision)
 
 
-WAYS: dict[str, Callable[[argparse.Namespace], Step]] = {
-    "ours": ours,
-    "hf": hugging_face,
-    "hf-compiled": lambda options: hugging_face(options, compiled=True),
-    "hf-ckpt": lambda options: hugging_face(options, checkpointing=True),
-}
-HEAP = "-heap"
+COMPILED, HEAP = "-compiled", "-heap"
+PEERS = ["hf", "hf-ckpt", "mcore", "titan"]
+WAYS = ["ours", *PEERS, *(f"{name}{COMPILED}" for name in PEERS)]
 
 
 def prepare(name: str, options: argparse.Namespace) -> Step:
@@ -135,7 +118,8 @@ def prepare(name: str, options: argparse.Namespace) -> Step:
         settle_heap()
     if name == "ours":
         start_processes(timedelta(minutes=10), tight_heap=options.ffn_chunk is not None)
-    return WAYS[name.removesuffix(HEAP)](options)
+    name = name.removesuffix(HEAP)
+    return ours(options) if name == "ours" else peer(options, name)
 
 
 def serve(step: Step) -> None:
@@ -148,7 +132,7 @@ def serve(step: Step) -> None:
 
 def alternate(names: list[str], rounds: int) -> dict[str, list[float]]:
     """Return CPU seconds of each way's steps; the first two of each are not counted."""
-    command = [sys.executable, *sys.argv]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", *sys.argv[1:]]
     ways = {
         name: subprocess.Popen(
             [*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -165,6 +149,32 @@ def alternate(names: list[str], rounds: int) -> dict[str, list[float]]:
     for process in ways.values():
         process.communicate()
     return seconds
+
+
+def flops_per_token(options: argparse.Namespace, name: str) -> float:
+    """Return a way's FLOPs in training; the peers have no memory and one segment."""
+    config = configuration(options)
+    model, size = to_model_config(config, VOCABULARY), config.data.segment_len
+    if name != "ours":
+        model, size = replace(model, memory=NoMemory()), options.tokens
+    return training_flops_per_token(model, size)
+
+
+def profile(step: Step) -> str:
+    """Return a table of the operations that take 1 % and more of three steps' CPU time."""
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    whole = sum(row.self_cpu_time_total for row in rows)
+    table = "| operation | share | calls a step |\n| --- | --- | --- |"
+    for row in rows:
+        if row.self_cpu_time_total >= 0.01 * whole:
+            share = row.self_cpu_time_total / whole
+            table += f"\n| {row.key[:60]} | {share:.3f} | {row.count // 3} |"
+    return table
 
 
 def matmul_peak(precision: str) -> float:
@@ -195,6 +205,7 @@ def main() -> None:
     parser.add_argument("--peers", default="hf,hf-compiled,hf-compiled-heap")
     every = [*WAYS, *(f"{name}{HEAP}" for name in WAYS)]
     parser.add_argument("--peak", choices=every)
+    parser.add_argument("--profile", choices=every)
     parser.add_argument("--serve", choices=every, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -207,15 +218,22 @@ def main() -> None:
             step()
         print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
         return
+    if options.profile:
+        print(profile(prepare(options.profile, options)))
+        return
     names = ["ours", *options.peers.split(",")]
     seconds = {name: statistics.median(s) for name, s in alternate(names, options.rounds).items()}
     best = min(seconds[name] for name in names[1:] if not name.endswith(HEAP))
+    peak = matmul_peak(options.precision)
     print(
-        f"{options.tokens} tokens, {options.precision}, peak {matmul_peak(options.precision):.3g}"
+        f"{options.tokens} tokens, {options.precision}, matrix product {peak / 1e9:.0f} GFLOP/s\n"
     )
-    print("| | tokens per CPU second | against the best peer |\n| --- | --- | --- |")
+    print("| | tokens per CPU second | against the best peer | share of peak |")
+    print("| --- | --- | --- | --- |")
     for name, found in seconds.items():
-        print(f"| {name} | {options.tokens / found:.1f} | {best / found:.2f} |")
+        speed = options.tokens / found
+        share = speed * flops_per_token(options, name) / peak
+        print(f"| {name} | {speed:.1f} | {best / found:.2f} | {share:.2f} |")
 
 
 if __name__ == "__main__":
