@@ -70,7 +70,7 @@ def draw_lengths(table: Table, path: Path) -> None:
     axes = figure.add_subplot()
     lengths = [numbers(name)[0] for name in table.header[2:-1]]
     for row in table.rows:
-        if row[1] == "a chunk":
+        if row[1] == "a chunk, ms":
             axes.plot(lengths, [numbers(cell)[0] for cell in row[2:-1]], marker=".", label=row[0])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -97,7 +97,6 @@ SUITE: dict[str, Part] = {
     "ring-bf16": Part(("benchmarks.ring", "--precision=bf16")),
     "segments": Part(("benchmarks.segments",), draw_bars(3, "in turn / at once")),
     "length": Part(("benchmarks.length",), draw_lengths),
-    "length-peer": Part(("benchmarks.length", "--peer"), draw_lengths),
     "data": Part(("benchmarks.data_loader",)),
     "shuffle": Part(("benchmarks.shuffle",)),
     "packing": Part(("benchmarks.packing",)),

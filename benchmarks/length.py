@@ -1,23 +1,28 @@
 """Time and memory of a chunk as a document grows to a million tokens, for every memory.
 
-    python benchmarks/length.py [--memories "fam;infini"] [--tokens 1048576] [--rounds 7]
+    python -m benchmarks.length [--memories "fam;infini"] [--tokens 1048576] [--rounds 7]
 
 4 layers of width 256, 4 query and 2 key heads, FFN 704, vocabulary 2048, float32, one thread,
 segments of 512. One document is read chunk by chunk; what it left is kept at each length of the
 table. From there, in alternation: the next chunk of 512 tokens with the logits of its last
-(streaming), and a training window of 4 segments, forward and backward. CPU seconds, medians.
+(streaming), and a training window of 4 segments, forward and backward. CPU seconds, medians; and
+the process's peak memory while it does the one and the other.
 
 Beside them transformers' LlamaForCausalLM of the same shape, the next chunk with a key-value cache
-of that length (of random numbers), one length after the other, from 262,144 tokens on once.
+of that length (of random numbers), one length after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,6 +61,7 @@ MEMORIES: dict[str, MemoryConfig] = {
     "cmab": CmabMemory(64),
     "landmark": LandmarkMemory(65, retrieve=4, layers="last"),
 }
+PEER = "transformers, cache"
 LENGTHS = [8192, 65536, 262144, 1048576]
 Run = Callable[[], object]
 
@@ -137,8 +143,17 @@ def alternate(runs: dict[int, Run], rounds: int) -> dict[int, float]:
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
-def cached(lengths: list[int], rounds: int) -> dict[int, float]:
-    """Return the seconds of transformers' next chunk behind so many cached tokens."""
+def peak(run: Run) -> float:
+    """Return the MiB that the process holds at most during a run (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak before
+    run()
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def cached(lengths: list[int], rounds: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Return seconds and MiB of transformers' next chunk behind so many cached tokens."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -147,7 +162,8 @@ def cached(lengths: list[int], rounds: int) -> dict[int, float]:
         max_position_embeddings=2 * lengths[-1], attn_implementation="sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    found: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+    peaks: dict[int, float] = {}
     for length in lengths:
         cache = DynamicCache()
         for layer in range(LAYERS):
@@ -160,41 +176,60 @@ def cached(lengths: list[int], rounds: int) -> dict[int, float]:
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.crop(-SEGMENT)
 
-        found |= alternate({length: run}, rounds if length < 2**18 else 1)
-    return found
+        seconds |= alternate({length: run}, rounds)
+        peaks[length] = peak(run)
+    return seconds, peaks
 
 
-def row(name: str, kind: str, seconds: dict[int, float], sizes: list[str]) -> str:
-    """Return a line of the table: milliseconds, with the ratio to the first length."""
-    first = next(iter(seconds.values()))
-    cells = [f"{1e3 * each:.1f} ({each / first:.2f})" for each in seconds.values()]
-    return f"| {name} | {kind} | {' | '.join(cells)} | {' to '.join(sizes)} |"
+def row(name: str, kind: str, found: dict[int, float], sizes: tuple[float, float]) -> str:
+    """Return a line of the table: a number at each length, with the ratio to the first's."""
+    first = next(iter(found.values()))
+    cells = [f"{each:,.1f} ({each / first:.2f})" for each in found.values()]
+    return f"| {name} | {kind} | {' | '.join(cells)} | {sizes[0]:,.0f} to {sizes[1]:,.0f} |"
+
+
+def milliseconds(seconds: dict[int, float]) -> dict[int, float]:
+    """Return them in ms."""
+    return {length: 1e3 * found for length, found in seconds.items()}
+
+
+def measure(name: str, lengths: list[int], rounds: int) -> None:
+    """Print a memory's lines, or the peer's."""
+    if name == PEER:
+        seconds, peaks = cached(lengths, rounds)
+        token = 2 * LAYERS * KEY_HEADS * WIDTH // HEADS * 4 / 1e3
+        sizes = (token * lengths[0], token * lengths[-1])
+        print(row(name, "a chunk, ms", milliseconds(seconds), sizes))
+        print(row(name, "a chunk, peak MiB", peaks, sizes))
+        return
+    reader = Reader(MEMORIES[name])
+    states = reader.states(lengths)
+    sizes = (size_of(states[lengths[0]]) / 1e3, size_of(states[lengths[-1]]) / 1e3)
+    for kind, run in (("a chunk", reader.stream), ("4 segments, trained", reader.train)):
+        runs: dict[int, Run] = {n: functools.partial(run, states[n]) for n in lengths}
+        print(row(name, f"{kind}, ms", milliseconds(alternate(runs, rounds)), sizes))
+        peaks = {n: peak(each) for n, each in runs.items()}
+        print(row(name, f"{kind}, peak MiB", peaks, sizes))
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, each memory's lines from a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memories", default=";".join(MEMORIES), help="NAME;NAME;...")
+    parser.add_argument("--memories", default=";".join([*MEMORIES, PEER]), help="NAME;NAME;...")
     parser.add_argument("--tokens", type=int, default=LENGTHS[-1])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer", action="store_true", help="transformers alone")
+    parser.add_argument("--alone", choices=[*MEMORIES, PEER], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     lengths = [length for length in LENGTHS if length <= options.tokens]
-    print(f"| memory | ms of | {' | '.join(f'{n:,}' for n in lengths)} | state, kB |")
-    print("| --- " * (len(lengths) + 3) + "|", flush=True)
-    if options.peer:
-        seconds = cached(lengths, options.rounds)
-        held = [f"{2 * LAYERS * KEY_HEADS * WIDTH // HEADS * 4 * n / 1e3:,.0f}" for n in lengths]
-        print(row("transformers, cache", "a chunk", seconds, [held[0], held[-1]]), flush=True)
+    if options.alone:
+        measure(options.alone, lengths, options.rounds)
         return
+    print(f"| memory | | {' | '.join(f'{n:,}' for n in lengths)} | state, kB |")
+    print("| --- " * (len(lengths) + 3) + "|", flush=True)
     for name in options.memories.split(";"):
-        reader = Reader(MEMORIES[name])
-        states = reader.states(lengths)
-        sizes = [f"{size_of(states[n]) / 1e3:,.0f}" for n in (lengths[0], lengths[-1])]
-        for kind, run in (("a chunk", reader.stream), ("4 segments, trained", reader.train)):
-            runs: dict[int, Run] = {n: functools.partial(run, states[n]) for n in lengths}
-            print(row(name, kind, alternate(runs, options.rounds), sizes), flush=True)
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.length", *sys.argv[1:]]
+        subprocess.run([*command, "--alone", name], check=True)
 
 
 if __name__ == "__main__":
