@@ -11,7 +11,6 @@ import errno
 import hashlib
 import io
 import threading
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from data.files import Files
@@ -175,7 +175,7 @@ class Shards:
             file = self._files.open(table.shard)
             while left > 0:
                 content = file.read(min(left, _CRC_BYTES), offset)
-                crc = zlib.crc32(content, crc)
+                crc = crc32(content, crc)
                 offset += len(content)
                 left -= len(content)
         except OSError as error:

@@ -18,13 +18,13 @@ import contextlib
 import json
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data.shards import write_atomically
 
@@ -128,7 +128,7 @@ class Ledger:
         record = np.zeros((), self._dtype)
         record["first"] = batches[0].first_position
         record["hashes"] = [pair for batch in batches for pair in hash_samples(batch)]
-        record["check"] = zlib.crc32(record.tobytes()[:-4])
+        record["check"] = crc32(record.tobytes()[:-4])
         with self._lock:
             self._rest += record.tobytes()
             try:
@@ -212,7 +212,7 @@ def hash_samples(batch: Batch) -> Iterator[tuple[int, int]]:
     for row in range(len(batch.tokens)):
         tokens = batch.tokens[row].numpy().astype("<i4").data
         labels = batch.labels[row].numpy().astype("<i4").data
-        rest = zlib.crc32(batch.starts[row].numpy().tobytes(), zlib.crc32(labels))
+        rest = crc32(batch.starts[row].numpy().tobytes(), crc32(labels))
         if documents is not None:
-            rest = zlib.crc32(documents[row].numpy().astype("<i4").data, rest)
-        yield zlib.crc32(tokens), rest
+            rest = crc32(documents[row].numpy().astype("<i4").data, rest)
+        yield crc32(tokens), rest

@@ -13,13 +13,13 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 FORMAT = "longhaul-shards-1"
@@ -225,7 +225,7 @@ class ShardWriter:
         member = tarfile.TarInfo(f"{self._prefix}-{len(self._index):08d}.tokens.bin")
         member.size = len(content)
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        self._index.append((self._bytes, len(tokens), zlib.crc32(content)))
+        self._index.append((self._bytes, len(tokens), crc32(content)))
         self._write(content)
         self._write(bytes(-len(content) % _TAR_BLOCK))
         self.tokens += len(tokens)
