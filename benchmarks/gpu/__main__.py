@@ -53,13 +53,7 @@ def measure(part: str, options: argparse.Namespace) -> None:
     from benchmarks.gpu.measure import Error, Options, describe
 
     began, wrong = time.monotonic(), 0
-    try:
-        run = getattr(importlib.import_module(f"benchmarks.gpu.{PARTS[part]}"), part)
-    except ModuleNotFoundError as missing:
-        sys.exit(
-            f"the part {part} imports {missing.name}, which is not installed here; bring its"
-            " wheel, as the docstring of benchmarks/gpu/__init__.py says"
-        )
+    run = getattr(importlib.import_module(f"benchmarks.gpu.{PARTS[part]}"), part)
     with (options.output / "gpu.md").open("a", encoding="utf-8") as report:
         print(f"\n## {part}\n\n{inspect.getdoc(run)}\n\n{describe()}\n", file=report, flush=True)
         for number, row in enumerate(run(Options(options.tiny, options.rounds))):
@@ -116,7 +110,13 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        measure(options.part, options)
+        try:
+            measure(options.part, options)
+        except ModuleNotFoundError as missing:
+            sys.exit(
+                f"the part {options.part} imports {missing.name}, which is not installed here;"
+                " bring its wheel, as the docstring of benchmarks/gpu/__init__.py says"
+            )
         return
     parts = chosen(options.parts)
     if not torch.cuda.is_available() and not options.tiny:
