@@ -50,7 +50,7 @@ class _Group:
 
 
 class Ring(_Group):
-    """Point-to-point hops."""
+    """Point-to-point hops, all of them by pass_on."""
 
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__(group)
@@ -61,7 +61,7 @@ class Ring(_Group):
         """Call step(source, k, v) for each rank's keys."""
         held = torch.stack((k, v))
         for t in range(self.size):
-            hop = self._pass_on(held) if t < self.size - 1 else None
+            hop = self.pass_on(held) if t < self.size - 1 else None
             step((self.rank - t) % self.size, held[0], held[1])
             if hop is not None:
                 held = hop.wait()
@@ -70,9 +70,9 @@ class Ring(_Group):
         """Call step(source, k, v) -> (dk, dv); return this rank's dk, dv, summed."""
         held = torch.stack((k, v))
         home: Tensor | None = None
-        grads: _Hop | None = None
+        grads: Hop | None = None
         for t in range(self.size):
-            hop = self._pass_on(held) if t < self.size - 1 else None
+            hop = self.pass_on(held) if t < self.size - 1 else None
             dk, dv = step((self.rank - t) % self.size, held[0], held[1])
             mine = _stack_wide(dk, dv)
             if grads is not None:
@@ -80,7 +80,7 @@ class Ring(_Group):
             if home is None:
                 home = mine
             else:
-                grads = self._pass_on(mine)
+                grads = self.pass_on(mine)
             if hop is not None:
                 held = hop.wait()
         assert home is not None
@@ -88,13 +88,14 @@ class Ring(_Group):
             home += grads.wait()
         return home[0], home[1]
 
-    def _pass_on(self, x: Tensor) -> _Hop:
+    def pass_on(self, x: Tensor) -> Hop:
+        """Send x to the next rank; return the hop whose wait gives the previous rank's."""
         received = torch.empty_like(x)
         ops = [
             dist.P2POp(dist.isend, x, self.next, self.group),
             dist.P2POp(dist.irecv, received, self.previous, self.group),
         ]
-        return _Hop(x, received, dist.batch_isend_irecv(ops))
+        return Hop(x, received, dist.batch_isend_irecv(ops))
 
 
 def _stack_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -105,13 +106,14 @@ def _stack_wide(a: Tensor, b: Tensor) -> Tensor:
     return both
 
 
-class _Hop:
+class Hop:
     """A message in flight; keeps what is sent alive until it has arrived."""
 
     def __init__(self, sent: Tensor, received: Tensor, works: list[dist.Work]) -> None:
         self.sent, self.received, self.works = sent, received, works
 
     def wait(self) -> Tensor:
+        """Return what arrived; what the caller computes next is behind it."""
         for work in self.works:
             work.wait()
         return self.received

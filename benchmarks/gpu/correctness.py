@@ -1,0 +1,114 @@
+"""Whether the device computes what the host does in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.measure import DEVICE, HALF, Error, Options, Row, Table, difference, named
+from benchmarks.gpu.models import document, shape
+from benchmarks.gpu.tolerances import GRADIENTS, KERNELS, LOSS, LSE, WEIGHTS
+from benchmarks.length import MEMORIES
+from data.streams import Batch
+from model.compiled import use_compiled
+from model.config import ModelConfig, NoMemory
+from model.decoder import Decoder
+from model.init import initialise
+from model.kernels import Blockwise, choose_kernel
+from model.memory.grouped import GroupedSoftmax, choose_grouped
+
+HOST = torch.device("cpu")
+
+
+def kernels(options: Options) -> Table:
+    """Relative error of each kernel against its slow twin in float64 on the host."""
+    yield ["kernel", "type", "head_dim", "out", "lse", "dq", "dk", "dv"]
+    length, block = (128, 16) if options.tiny else (2048, 64)
+    for head_dim in (64, 128):
+        for name in ("attention", "grouped"):
+            for dtype in (torch.float32, HALF):
+                slow: Any = Blockwise() if name == "attention" else GroupedSoftmax(block)
+                yield compare(slow, name, dtype, head_dim, length, block)
+
+
+def compare(
+    slow: Any, name: str, dtype: torch.dtype, head_dim: int, length: int, block: int
+) -> Row:
+    """Return a row of `kernels`."""
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(1, heads, length, head_dim, generator=generator).to(dtype)
+        for heads in (8, 2, 2, 8)
+    ]
+    here, wide = [x.to(DEVICE) for x in given], [x.double() for x in given]
+    fast: Any = choose_grouped(here[0], block) if name == "grouped" else choose_kernel(here[0])
+    found = []
+    for kernel, (q, k, v, dout) in ((slow, wide), (fast, here)):
+        out, lse = kernel.forward(q, k, v, True)
+        found.append([out, lse, *kernel.backward(dout, q, k, v, out, lse, True)])
+    limits = [KERNELS[dtype], LSE] + [KERNELS[dtype]] * 3
+    errors = [
+        Error(difference(own, other), limit)
+        for other, own, limit in zip(*found, limits, strict=True)
+    ]
+    return [type(fast).__name__, named(dtype), str(head_dim), *errors]
+
+
+def memories(options: Options) -> Table:
+    """Relative error of each memory's loss and gradients against the host in float64."""
+    yield ["memory", "loss, float32", "worst weight's gradient, float32", "loss, bfloat16",
+           "gradients, bfloat16"]  # fmt: skip
+    for name, memory in {"none": NoMemory(), **MEMORIES}.items():
+        config = shape((2, 64 if options.tiny else 256, 4, 2, 128, 16), memory, 256)
+        torch.manual_seed(0)
+        batch = document(memory, 4, 64 if options.tiny else 512, 256)
+        wide = trained(config, batch, HOST, torch.float64)
+        yield [name, *errors_of(config, batch, wide)]
+        if name == "fam" and DEVICE.type == "cuda":
+            use_compiled(True)
+            yield [f"{name}, compiled", *errors_of(config, batch, wide)]
+            use_compiled(False)
+
+
+def errors_of(config: ModelConfig, batch: Batch, wide: Trained) -> list[Error]:
+    """Return the errors of loss and gradients on the device, in each type."""
+    found = []
+    for dtype in (torch.float32, HALF):
+        own = trained(config, batch, DEVICE, dtype)
+        found.append(Error(difference(own.loss, wide.loss), LOSS[dtype]))
+        whole, other = (torch.cat(list(x.grads.values())) for x in (own, wide))
+        worst = difference(whole, other)
+        if dtype == torch.float32:
+            least = 1e-6 * float(other.norm())  # what is 0 but for rounding has no relative error
+            worst = max(
+                float((own.grads[name] - grad).norm()) / max(float(grad.norm()), least)
+                for name, grad in wide.grads.items()
+            )
+        found.append(Error(worst, WEIGHTS if dtype == torch.float32 else GRADIENTS))
+    return found
+
+
+class Trained(NamedTuple):
+    """What a forward and a backward gave."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]  # of each weight that has one, flat, float64 on the host
+
+
+def trained(config: ModelConfig, batch: Batch, device: torch.device, dtype: torch.dtype) -> Trained:
+    """Return the loss of the first weights, and their gradients."""
+    model = Decoder(config)
+    initialise(model, config, 0)
+    model.to(device, dtype)
+    tokens, starts, labels = (x.to(device) for x in (batch.tokens, batch.starts, batch.labels))
+    scale = torch.tensor(1.0 / batch.labels.numel(), device=device)
+    output = model(tokens, starts, None, labels=labels, scale=scale)
+    output.loss.backward()
+    grads = {
+        name: p.grad.flatten().double().cpu()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    return Trained(output.loss, grads)
