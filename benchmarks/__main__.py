@@ -22,6 +22,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from benchmarks.memory import draw
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -93,6 +95,7 @@ SUITE: dict[str, Part] = {
         ("benchmarks.step", "--compile", "--memory=fam", "--segment=512", "--tokens=4096"), _STEP
     ),
     "parts": Part(("benchmarks.parts",), draw_bars(2, "times as fast as eager")),
+    "memory": Part(("benchmarks.memory",), lambda table, path: draw(*table, path)),
     "ring-fp32": Part(("benchmarks.ring",)),
     "ring-bf16": Part(("benchmarks.ring", "--precision=bf16")),
     "segments": Part(("benchmarks.segments",), draw_bars(3, "in turn / at once")),
