@@ -50,7 +50,7 @@ def draw(header: list[str], rows: list[list[str]], path: Path) -> None:
         style = "--" if name.startswith("transformers") else "-"
         axes.plot(lengths, found, style, marker=".", label=name)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a sample")
     axes.set_ylabel("peak memory of the process, GiB")
     axes.legend(fontsize="small")
