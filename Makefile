@@ -61,7 +61,7 @@ test-slurm: $(READY)  ## jobs on a real one-machine SLURM: stopped, preempted, k
 drill: $(READY)  ## kill a short run at random moments, damage its checkpoints; docs/reliability.md
 	$(BIN)/python -m tests.drill --output docs/reliability.md $(DRILL_ARGS)
 
-bench: $(READY)  ## every benchmark beside its peers, two hours: runs/benchmarks/report.md
+bench: $(READY)  ## every benchmark beside its peers, three hours: runs/benchmarks/report.md
 	$(BIN)/python -m benchmarks
 
 lint: $(READY)  ## style, formatting, import contracts, shell scripts

@@ -2,7 +2,7 @@
 
     python -m benchmarks [NAME ...] [--output runs/benchmarks] [--list]
 
-Runs one after another what `--list` names (about two hours in all; leave the machine alone), and
+Runs one after another what `--list` names (about three hours in all; leave the machine alone), and
 writes OUTPUT/report.md: date and machine, and what each printed. What it draws lies beside it.
 """
 
@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import psutil
 import torch
+
+from benchmarks.memory import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,6 +95,11 @@ SUITE: dict[str, Part] = {
         ("benchmarks.step", "--compile", "--memory=fam", "--segment=512", "--tokens=4096"), _STEP
     ),
     "parts": Part(("benchmarks.parts",), draw_bars(2, "times as fast as eager")),
+    "loss-128k": Part(
+        ("benchmarks.parts", "--only=loss", "--vocab=128256"),
+        draw_bars(2, "times as fast as eager"),
+    ),
+    "memory": Part(("benchmarks.memory",), lambda table, path: draw(*table, path)),
     "ring-fp32": Part(("benchmarks.ring",)),
     "ring-bf16": Part(("benchmarks.ring", "--precision=bf16")),
     "segments": Part(("benchmarks.segments",), draw_bars(3, "in turn / at once")),

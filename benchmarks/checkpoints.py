@@ -1,14 +1,18 @@
 """What a checkpoint costs: the stall of training, the write, verifying and reading it anew.
 
-    python benchmarks/checkpoints.py [MEGABYTES]
+    python -m benchmarks.checkpoints [MEGABYTES]
 
 One rank's share of fragments of float32. Medians of five, alternating, beside torch.save and
-torch's own distributed checkpoint (its files are not hashed, and its index is a pickle).
+torch's own distributed checkpoint (its files are not hashed, and its index is a pickle). DCP loads
+into tensors that are there; half of every row as the first of two ranks whose other rank does not
+exist, in a process of its own. What is read was just written: it comes from memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,10 +35,16 @@ WIDTH = 1024
 
 def main() -> None:
     """Print the table."""
-    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 480
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("megabytes", type=int, nargs="?", default=480)
+    parser.add_argument("--halves", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.halves is not None:
+        print(statistics.median(load_halves(options.halves)))
+        return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    rows = megabytes * 1_000_000 // 3 // 4 // WIDTH // 8
+    rows = options.megabytes * 1_000_000 // 3 // 4 // WIDTH // 8
     tensors = {
         f"{kind}/blocks.{i}.weight@0": torch.randn(rows * WIDTH)
         for i in range(8)
@@ -77,14 +87,42 @@ def measure(folder: Path, tensors: dict[str, torch.Tensor], rows: int) -> dict[s
         timed("torch.save", lambda: torch.save(tensors, folder / "plain.pt"))
         timed("torch.load", lambda: torch.load(folder / "plain.pt", weights_only=True))
         where = folder / f"dcp-{number}"
-        timed("torch DCP save", lambda w=where: dcp.save(dict(tensors), checkpoint_id=w))
+        matrices = {name: tensor.view(rows, WIDTH) for name, tensor in tensors.items()}
+        timed("torch DCP save", lambda m=matrices, w=where: dcp.save(m, checkpoint_id=w))
+        room = {name: torch.zeros_like(tensor) for name, tensor in matrices.items()}
+        timed("torch DCP load", lambda r=room, w=where: dcp.load(r, checkpoint_id=w))
+        assert all(torch.equal(room[name], tensor) for name, tensor in matrices.items())
+        del room
         began = time.perf_counter()
         future = dcp.async_save(dict(tensors), checkpoint_id=folder / f"async-{number}")
         times.setdefault("torch DCP async_save, stall", []).append(time.perf_counter() - began)
         future.result()
         if number == 0:
             times = {name: [] for name in times}  # the first touches fresh memory
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.checkpoints", "--halves", str(where)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    times["torch DCP load, half of every row"] = [float(done.stdout.split()[-1])]
     return times
+
+
+def load_halves(folder: Path) -> list[float]:
+    """Return the seconds of DCP's loads of the first of two ranks that cut every row."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    room = {
+        name: DTensor.from_local(torch.zeros(rows, width // 2), mesh, [Shard(1)])
+        for name, (rows, width) in ((name, of.size) for name, of in saved.items())
+    }
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        dcp.load(room, checkpoint_id=folder, no_dist=True)
+        found.append(time.perf_counter() - began)
+    assert all(bool(half.to_local().any()) for half in room.values())
+    return found[1:]
 
 
 def read(stored: Stored, rows: int, tp: int) -> None:

@@ -1,14 +1,18 @@
 """The loader against plain webdataset and a numpy memory map on the same tokens, and prepare.
 
-Run from the repository root: python benchmarks/data_loader.py
+    python -m benchmarks.data_loader [--only loader|prepare] [--text PATH ...]
+
 CPU seconds of one core (process time), medians of 5 alternating passes over all tokens; what a
-resumed run waits for its first step, wall time; for prepare one pass, CPU seconds of all its
-processes and wall time. Prints markdown tables.
+resumed run waits for its first step, wall time. prepare: CPU seconds of all its processes, their
+start included, and wall time, medians of 5 passes over --text (files, folders, or the word stdlib),
+else over 16 MB of made-up words.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -153,25 +157,66 @@ def measure_loaders(folder: Path) -> None:
         print(f"| {workers} threads | {statistics.median(found):.0f} |")
 
 
-def measure_prepare(folder: Path) -> None:
-    """Print MB/s of prepare on the standard library, with bytes and with an 8k BPE."""
-    sample = (document.text[:60000] for document in documents(["stdlib"]))
-    trained = train_tokenizer(sample, vocab_size=8192)
-    print("\n| prepare, Python standard library | MB/s per core (CPU) | MB/s (wall) |")
-    print("|---|---|---|")
-    tokenizers: list[Tokenizer] = [ByteTokenizer(), trained]
+def write_texts(folder: Path) -> Path:
+    """Return a folder of 128 documents of 128 kB: made-up words, a few of them most of the time."""
+    source = random.Random(0)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    words = ["".join(source.choices(letters, k=source.randint(2, 9))) for _ in range(20000)]
+    shares = [1 / rank for rank in range(1, len(words) + 1)]
+    folder.mkdir()
+    for number in range(128):
+        text = " ".join(source.choices(words, shares, k=24000))[: 128 << 10]
+        (folder / f"{number:03d}.txt").write_text(text)
+    return folder
+
+
+def measure_prepare(folder: Path, inputs: list[str]) -> None:
+    """Print the speed of prepare, with bytes and with an 8k BPE."""
+    sample = (document.text[:60000] for document in documents(inputs))
+    tokenizers: list[Tokenizer] = [ByteTokenizer(), train_tokenizer(sample, vocab_size=8192)]
+    print("\n| prepare | tokens/s per core | MB/s per core (CPU) | MB/s (wall) |")
+    print("|---|---|---|---|")
     for tokenizer in tokenizers:
         for workers in (1, len(os.sched_getaffinity(0))):
-            output = folder / f"{tokenizer.name}-{workers}"
-            cpu, wall = sum(os.times()[:4]), time.perf_counter()
-            made = prepare(["stdlib"], output, tokenizer=tokenizer, workers=workers, progress=False)
-            cpu, wall = sum(os.times()[:4]) - cpu, time.perf_counter() - wall
-            size = made.input_bytes / 1e6
+            speeds = [one_prepare(folder, inputs, tokenizer, workers) for _ in range(PASSES)]
+            tokens, cpu, wall = (statistics.median(found) for found in zip(*speeds, strict=True))
             name = f"{tokenizer.name}, {workers} worker{'s' * (workers > 1)}"
-            print(f"| {name} | {size / cpu:.1f} | {size / wall:.1f} |")
+            print(f"| {name} | {tokens:,.0f} | {cpu:.1f} | {wall:.1f} |", flush=True)
+
+
+def one_prepare(
+    folder: Path, inputs: list[str], tokenizer: Tokenizer, workers: int
+) -> tuple[float, float, float]:
+    """Return tokens a CPU second, MB a CPU second, and MB a second of one pass."""
+    output = folder / "prepared"
+    cpu, wall = sum(os.times()[:4]), time.perf_counter()
+    made = prepare(
+        inputs,
+        output,
+        tokenizer=tokenizer,
+        valid_fraction=0.0,
+        workers=workers,
+        progress=False,
+        force=True,
+    )
+    cpu, wall = sum(os.times()[:4]) - cpu, time.perf_counter() - wall
+    size = made.input_bytes / 1e6
+    return made.train.tokens / cpu, size / cpu, size / wall
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["loader", "prepare"])
+    parser.add_argument("--text", nargs="+", default=[])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if options.only != "prepare":
+            measure_loaders(folder / "shards")
+        if options.only != "loader":
+            measure_prepare(folder, options.text or [str(write_texts(folder / "texts"))])
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        measure_loaders(Path(scratch) / "shards")
-        measure_prepare(Path(scratch))
+    main()

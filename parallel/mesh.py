@@ -101,8 +101,7 @@ def build_mesh(*, tp: int, cp: int, timeout: timedelta = timedelta(minutes=30)) 
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    from megatron.core import parallel_state
-
+    from parallel.megatron import parallel_state
     from parallel.megatron_cpu import install_cpu_adapter
 
     if device.type == "cpu":

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import (
+from torch import Tensor, nn
+
+from parallel.megatron import (
     ColumnParallelLinear,
+    ModelParallelConfig,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
@@ -16,8 +18,6 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from torch import Tensor, nn
-
 from parallel.mesh import Mesh
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.engine import Fragment
+from parallel.hidden import hidden
 from parallel.mesh import Mesh
 
 
@@ -29,14 +29,8 @@ def load_deepspeed(device: str) -> Any:
     scipy 0.1 GiB and seconds on every rank. See train/tracking/shipper.py for who does use it.
     """
     os.environ.setdefault("DS_ACCELERATOR", device)
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an ImportError, which it expects
-    try:
+    with hidden("mlflow"):
         import deepspeed
-    finally:
-        if hidden:
-            del sys.modules["mlflow"]
     return deepspeed
 
 

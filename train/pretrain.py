@@ -22,7 +22,8 @@ from train.guard import Guard
 from train.ledger import open_ledger
 from train.loop import TrainState, train_steps
 from train.planning.expect import expect, gpu_name
-from train.profiling import NvtxRanges, Traces, snapshot_memory
+from train.profiling import Traces, snapshot_memory
+from train.ranges import NvtxRanges, name_parts
 from train.reading import choose_reading, model_vocab_size
 from train.reporting import Reporter
 from train.rescue import Rescue
@@ -151,7 +152,9 @@ class Pretraining:
     def _open_traces(self) -> Traces:
         profile = self.config.train.profile
         if profile.nvtx and self.mesh.device.type == "cuda":
-            self.pulse.mark = NvtxRanges().begin
+            ranges = NvtxRanges()
+            self.pulse.mark = ranges.begin
+            name_parts(self.built.model, self.built.engine, ranges)
         return Traces(
             profile,
             self.config.run_dir,

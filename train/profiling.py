@@ -1,4 +1,4 @@
-"""Where a step's time goes: traces of chosen steps and ranks, and ranges for Nsight Systems."""
+"""Where a step's time goes: traces of chosen steps and ranks, what memory held when it ran out."""
 
 from __future__ import annotations
 
@@ -107,21 +107,3 @@ def _name_layers(blocks: nn.ModuleList) -> list[Any]:
 
         hooks += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     return hooks
-
-
-class NvtxRanges:
-    """Ranges of the process for Nsight Systems: a phase, in it a BPTT window, in it a layer.
-
-    Not a thread's ranges: the backward of layers runs in a thread of autograd's.
-    """
-
-    def __init__(self) -> None:
-        self._open: list[int | None] = [None, None, None]
-
-    def begin(self, level: int, name: str) -> None:
-        """End what is open at this level and inside it, and begin a range there."""
-        for inner in range(len(self._open) - 1, level - 1, -1):
-            handle, self._open[inner] = self._open[inner], None
-            if handle is not None:
-                torch.cuda.nvtx.range_end(handle)
-        self._open[level] = torch.cuda.nvtx.range_start(name)

@@ -1,10 +1,9 @@
-"""Traces of chosen steps and ranks; ranges for Nsight Systems; what memory held when it ran out."""
+"""Traces of chosen steps and ranks; what memory held when it ran out."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ import torch
 
 from tests.train.attempts import finish, losses
 from tests.train.tiny import Shards, tiny
-from train.profiling import FOLDER, NvtxRanges, snapshot_memory
+from train.profiling import FOLDER, snapshot_memory
 from train.settings.config import ConfigError, validate
-from train.watch.pulse import Pulse
 
 
 @pytest.mark.gloo
@@ -52,37 +50,6 @@ def test_what_would_not_be_traced_is_refused(
     raw = tiny(tmp_path, shards, train__steps=6, train__profile=profile)
     with pytest.raises(ConfigError, match=problem):
         validate(raw, world_size=2)
-
-
-def test_ranges_lie_in_one_another_and_end_before_the_next_begins(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    handles, told = count(), []
-
-    def start(name: str) -> int:
-        told.append(f"+{name}")
-        return next(handles)
-
-    monkeypatch.setattr(torch.cuda.nvtx, "range_start", start)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda handle: told.append(f"-{handle}"))
-    pulse = Pulse()
-    pulse.mark = NvtxRanges().begin
-    pulse.enter("step", 7)
-    pulse.window(0, 0, 3)
-    pulse.layer(0, "forward")
-    pulse.layer(0, "backward")
-    pulse.enter("save", 7)
-    assert told == [
-        "+step 7",
-        "+micro-batch 0, segments 0 to 3",
-        "+forward of layer 0",
-        "-2",
-        "+backward of layer 0",
-        "-3",
-        "-1",
-        "-0",
-        "+save 7",
-    ]
 
 
 def test_a_snapshot_is_written_where_memory_ran_out_and_nowhere_else(

@@ -124,9 +124,9 @@ def _join(rank: int, size: int, store: str) -> None:
 def _warm() -> None:
     """Import what every rank needs once, before the fork; one thread, so that a fork is safe."""
     torch.set_num_threads(1)
-    import megatron.core.tensor_parallel  # noqa: F401
     from torch import testing
 
+    import parallel.megatron  # noqa: F401
     from parallel.zero import load_deepspeed
 
     load_deepspeed("cpu")

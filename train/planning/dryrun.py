@@ -115,8 +115,9 @@ def _pass(config: Config, shapes: Shapes, vocab_size: int, rank: int) -> DryRun:
 @contextlib.contextmanager
 def _as_rank(rank: int, world: int) -> Iterator[None]:
     """Be one rank of a process group whose other ranks do not exist."""
-    from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from parallel.megatron import parallel_state
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:

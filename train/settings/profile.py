@@ -24,7 +24,8 @@ class ProfileSection(Section):
     )
     nvtx: bool = Field(
         default=False,
-        description="Name phases, BPTT windows and layers for Nsight Systems (GPUs only).",
+        description="Name phases, BPTT windows, layers, their parts and the optimizer for Nsight"
+        " Systems (GPUs only).",
     )
 
 
