@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ class Decoder(nn.Module):
             for layer in range(config.num_layers)
         )
         self.head = Head(config, self.linears, self.compute)
+        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
         if config.lora is not None:
             add_adapters(self.blocks, config.lora, self.linears)
             freeze(self, config.lora)
@@ -331,21 +333,37 @@ class Decoder(nn.Module):
             like=next(self.parameters()),
             scaling=self.config.rope_scaling,
         )
-        first = torch.arange(window + count).unsqueeze(1) * segment_len
-        here = self.sequence.positions(segment_len)
-        packed, places = None, first + here
-        if documents is not None:
+        packed = None
+        if documents is None:
+            cos, sin = self._turns(window + count, segment_len, rope)
+        else:
+            first = torch.arange(window + count).unsqueeze(1) * segment_len
+            here = self.sequence.positions(segment_len)
             documents = documents.cpu()
             check_documents(documents, starts)
             packed = Packed(documents, here, starts.device)
             behind = first[window:] + packed.places(here)  # [B, N, S]
-            places = torch.cat((places[:window].expand(batch, -1, -1), behind), 1)
-            places = places.to(starts.device)  # B times as many
-        cos, sin = rope(places)
+            before = (first[:window] + here).expand(batch, -1, -1)
+            cos, sin = rope(torch.cat((before, behind), 1).to(starts.device))
         return Segments(
             batch, count, length, segment_len, starts, weights, window, cos, sin, filled, rope,
             self.sequence, self.linears, packed,
         )  # fmt: skip
+
+    def _turns(
+        self, count: int, segment_len: int, rope: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin) of this rank's places in so many segments; the last are kept.
+
+        A training asks for the same each time, and they are of the host, in float64.
+        """
+        like = next(self.parameters())
+        key = (self.sequence, count, segment_len, like.dtype, like.device)
+        if self._kept is None or self._kept[0] != key:
+            first = torch.arange(count).unsqueeze(1) * segment_len
+            with torch.inference_mode(False):  # a backward pass may want them later
+                self._kept = key, rope(first + self.sequence.positions(segment_len))
+        return self._kept[1]
 
 
 def _instead(given: Any, own: Any) -> Any:

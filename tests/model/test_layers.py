@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.config import ComputeConfig, ModelConfig, NoMemory
+from model.config import ComputeConfig, ModelConfig, NoMemory, WindowMemory
 from model.layers import QKV, RMSNorm, SwiGLU
 from model.local import LocalLinears
 from model.rope import rope_tables, rotate
 from tests.compare import relative
-from tests.model.small import config_of
+from tests.model.small import build, config_of
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,6 +51,28 @@ def test_rope_tables_at_position_131072_are_rounded_once() -> None:
 def test_rope_tables_of_a_bfloat16_model_are_float32() -> None:
     cos, _ = rope_tables(torch.arange(3), 8, 10_000.0, torch.zeros(1, dtype=torch.bfloat16))
     assert cos.dtype == torch.float32
+
+
+def test_rotations_are_made_once_for_segments_of_one_shape() -> None:
+    model = build(config_of(WindowMemory(1)), torch.float32)
+    starts = torch.zeros(1, 3, dtype=torch.bool)
+
+    def rotations(segments: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.zeros(1, segments, length, dtype=torch.int64)
+        found = model.segments(tokens, starts[:, :segments], fresh=False)
+        return found.cos, found.sin
+
+    with torch.inference_mode():
+        first = rotations(3, 8)
+    again = rotations(3, 8)
+    assert all(x is y and not x.is_inference() for x, y in zip(first, again, strict=True))
+    for segments, length in ((2, 8), (3, 4), (3, 8)):
+        positions = torch.arange(1 + segments).unsqueeze(1) * length + torch.arange(length)
+        expected = rope_tables(positions, 8, model.config.rope_base, torch.zeros(1))
+        for x, y in zip(rotations(segments, length), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+    wide = model.double().segments(torch.zeros(1, 3, 8, dtype=torch.int64), starts, fresh=False)
+    assert wide.cos.dtype == torch.float64
 
 
 def test_rotated_products_depend_on_distance_alone() -> None:

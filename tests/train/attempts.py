@@ -157,7 +157,7 @@ def _be_rank(
 def _warm() -> None:
     """Import what every rank needs once, before the fork; one thread, so that a fork is safe."""
     torch.set_num_threads(1)
-    import megatron.core.tensor_parallel  # noqa: F401
+    import parallel.megatron  # noqa: F401
 
     import train.pretrain  # noqa: F401
     from parallel.zero import load_deepspeed
