@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torch import Tensor
 from benchmarks.length import MEMORIES
 from data.landmarks import insert_landmarks
 from data.streams import Batch
-from model.attention import Alone, Exchange, Visit, VisitBack, Whole
+from model.attention import Alone, Exchange, Whole
 from model.config import (
     ArmtMemory,
     ComputeConfig,
@@ -46,6 +45,7 @@ from model.memory.base import Carried
 from model.memory.grouped import GroupedSoftmax, choose_grouped
 from model.stream import Stream
 from parallel.mesh import build_mesh, start_processes
+from parallel.ring import Hop, Ring
 from parallel.slicing import choose_layout
 from train.build import build, to_model_config
 from train.loop import TrainState, train_steps
@@ -270,40 +270,32 @@ def both_ways(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> 
     return run
 
 
-class Copied(Alone):
+class Copied(Ring):
     """A rank of a ring on one GPU: each hop is a copy on a stream of its own, beside computing."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.side = torch.cuda.Stream() if DEVICE.type == "cuda" else None
 
-    @contextmanager
-    def _hop(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    def pass_on(self, x: Tensor) -> Hop:
+        """Return a copy of x, under way."""
         if self.side is None:
-            yield [x.clone() for x in tensors]
-            return
+            return Hop(x, x.clone(), [])
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            arrived = [x.clone() for x in tensors]
-        yield arrived
+            received = x.clone()
+        return Hop(x, received, [Copying(self.side)])
+
+
+class Copying:
+    """What a stream does, to be waited for as a message is."""
+
+    def __init__(self, side: torch.cuda.Stream) -> None:
+        self.side = side
+
+    def wait(self) -> None:
+        """Let what is computed from now on come behind it."""
         torch.cuda.current_stream().wait_stream(self.side)
-
-    def visit(self, k: Tensor, v: Tensor, step: Visit) -> None:
-        """Call step(source, k, v) for each rank, the next hop under way."""
-        for t in range(self.size):
-            with self._hop(k, v) as (next_k, next_v):
-                step((self.rank - t) % self.size, k, v)
-            k, v = next_k, next_v
-
-    def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
-        """Return the sum of step(source, k, v) over ranks, hops under way."""
-        home: list[Tensor] = []
-        for t in range(self.size):
-            with self._hop(k, v, *home) as (next_k, next_v, *arrived):
-                grads = step((self.rank - t) % self.size, k, v)
-            home = [g.float() + (arrived[i] if arrived else 0) for i, g in enumerate(grads)]
-            k, v = next_k, next_v
-        return home[0], home[1]
 
 
 def ring(tiny: bool) -> Table:

@@ -102,7 +102,7 @@ def gradients_not_sent_home(patch: pytest.MonkeyPatch) -> None:
     visit_back = Ring.visit_back
 
     def lost(self: Ring, *args: Any) -> tuple[Tensor, Tensor]:
-        elsewhere = self._pass_on(torch.stack(visit_back(self, *args))).wait()
+        elsewhere = self.pass_on(torch.stack(visit_back(self, *args))).wait()
         return elsewhere[0], elsewhere[1]
 
     patch.setattr(Ring, "visit_back", lost)
@@ -113,7 +113,7 @@ def only_own_gradients(patch: pytest.MonkeyPatch) -> None:
 
     def own(self: Ring, k: Tensor, v: Tensor, step: Any) -> tuple[Tensor, Tensor]:
         kept: list[tuple[Tensor, Tensor]] = []
-        self.visit(k, v, lambda *args: kept.append(step(*args)))
+        self.visit(k, v, lambda *args: kept.append(step(*args, slice(None))))
         return kept[0]
 
     patch.setattr(Ring, "visit_back", own)
@@ -129,9 +129,9 @@ def ring_adds_in(dtype: torch.dtype | None, patch: pytest.MonkeyPatch) -> None:
     def visit_back(self: Ring, k: Tensor, v: Tensor, step: Any) -> tuple[Tensor, Tensor]:
         held, grads = torch.stack((k, v)), torch.zeros((), dtype=dtype or k.dtype)
         for t in range(self.size):
-            dk, dv = step((self.rank - t) % self.size, held[0], held[1])
-            grads = self._pass_on(grads + torch.stack((dk, dv)).to(grads.dtype)).wait()
-            held = self._pass_on(held).wait()
+            dk, dv = step((self.rank - t) % self.size, *held, slice(None))
+            grads = self.pass_on(grads + torch.stack((dk, dv)).to(grads.dtype)).wait()
+            held = self.pass_on(held).wait()
         return grads[0], grads[1]
 
     patch.setattr(Ring, "visit_back", visit_back)
