@@ -100,8 +100,15 @@ SUITE: dict[str, Part] = {
         draw_bars(2, "times as fast as eager"),
     ),
     "memory": Part(("benchmarks.memory",), lambda table, path: draw(*table, path)),
-    "ring-fp32": Part(("benchmarks.ring",)),
-    "ring-bf16": Part(("benchmarks.ring", "--precision=bf16")),
+    **{
+        f"ring-{precision}-{tokens}": Part(
+            ("benchmarks.ring", f"--precision={precision}", f"--tokens={tokens}")
+        )
+        for precision in ("fp32", "bf16")
+        for tokens in (8192, 16384)
+    },
+    "ring-cp4": Part(("benchmarks.ring", "--cp=4")),
+    "ring-memories": Part(("benchmarks.ring_memories",)),
     "segments": Part(("benchmarks.segments",), draw_bars(3, "in turn / at once")),
     "length": Part(("benchmarks.length",), draw_lengths),
     "data": Part(("benchmarks.data_loader",)),

@@ -45,6 +45,7 @@ from model.config import (
 )
 from model.decoder import Decoder
 from model.init import initialise
+from model.interfaces import Sequence
 from model.memory.base import Carried, detach, map_tensors
 
 SEGMENT, WINDOW, VOCAB = 512, 4, 2048
@@ -70,7 +71,11 @@ class Reader:
     """A model that reads one document, and what it knows at each length."""
 
     def __init__(
-        self, memory: MemoryConfig, segment: int = SEGMENT, compute: ComputeConfig | None = None
+        self,
+        memory: MemoryConfig,
+        segment: int = SEGMENT,
+        compute: ComputeConfig | None = None,
+        sequence: Sequence | None = None,
     ) -> None:
         self.segment = segment
         self.marked = isinstance(memory, LandmarkMemory)
@@ -78,7 +83,7 @@ class Reader:
         config = ModelConfig(
             VOCAB + self.marked, LAYERS, WIDTH, HEADS, KEY_HEADS, FFN, WIDTH // HEADS, memory=memory
         )
-        self.model = Decoder(config, compute=compute)
+        self.model = Decoder(config, sequence=sequence, compute=compute)
         initialise(self.model, config, 0)
         self.generator = torch.Generator().manual_seed(0)
 

@@ -73,7 +73,7 @@ class Whole:
 
 
 Visit = Callable[[int, Tensor, Tensor], None]
-VisitBack = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+VisitBack = Callable[[int, Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class Exchange(Protocol):
@@ -87,7 +87,11 @@ class Exchange(Protocol):
         ...
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
-        """Call step(source, k, v) -> (dk, dv) likewise; return this rank's dk, dv, summed."""
+        """Call step(source, k, v, heads) -> (dk, dv) for all heads of each rank's keys.
+
+        k, v [..., Hkv, S, K] have every head; heads: those whose dk, dv this call returns. Heads of
+        a rank may come at several times. Returns this rank's dk, dv, summed.
+        """
         ...
 
     def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,7 @@ class Alone:
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
         """Visit the own keys."""
-        return step(0, k, v)
+        return step(0, k, v, slice(None))
 
     def combine(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Return the only part."""

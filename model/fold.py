@@ -124,6 +124,13 @@ def _heads_last(x: Tensor, batch: int) -> Tensor:
     return result
 
 
+def _asking(heads: slice, num_kv_heads: int, num_heads: int) -> slice:
+    """Return the query heads that read some key heads."""
+    first, end, _ = heads.indices(num_kv_heads)
+    each = num_heads // num_kv_heads
+    return slice(first * each, end * each)
+
+
 def _has_rows(rows: slice, length: int) -> bool:
     return len(range(*rows.indices(length))) > 0
 
@@ -188,24 +195,27 @@ class _Fold(torch.autograd.Function):
         dout = _laid_out(_heads_first(dout))
         dq = Sum(queries)
 
-        def step(source: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def step(source: int, k: Tensor, v: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
+            asking = _asking(heads, k.shape[2], queries.shape[1])
+            k, v = k[:, :, heads], v[:, :, heads]
             dk, dv = Sum(k), Sum(v)
             for lag, span, blocks in reads.pieces(source):
-                rows, where = span.queries, (ALL, reads.segments(lag), ALL, span.keys)
+                rows = (ALL, asking, span.queries)
+                where = (ALL, reads.segments(lag), ALL, span.keys)
                 read = (
-                    dout[:, :, rows],
-                    queries[:, :, rows],
+                    dout[rows],
+                    queries[rows],
                     k[where].flatten(0, 1),
                     v[where].flatten(0, 1),
-                    out[:, :, rows],
-                    reads.hide(lse, lag, float("inf"))[:, :, rows],
+                    out[rows],
+                    reads.hide(lse, lag, float("inf"))[rows],
                     span.causal,
                 )
                 if blocks is None:
                     grads = reads.kernel.backward(*read)
                 else:
                     grads = backward_blocks(reads.kernel, *read, blocks)
-                dq.add((ALL, ALL, rows), grads[0])
+                dq.add(rows, grads[0])
                 dk.add(where, grads[1].unflatten(0, (k.shape[0], -1)))
                 dv.add(where, grads[2].unflatten(0, (k.shape[0], -1)))
             return dk.result(), dv.result()

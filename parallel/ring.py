@@ -2,8 +2,9 @@
 
 Ring (Liu et al. 2023): at step t rank r holds the keys of rank r - t; the next hop is in flight
 while this one is computed. In backward the gradients of keys travel one hop behind them, in
-float32, and the last hop brings them home, where a rank's own share waits. Only heads as stored
-travel (grouped heads are not expanded).
+float32, and the last hop brings them home, where a rank's own share waits. That share is computed
+in two halves of the key heads (of one: at once), beside the first hop and beside the last: so no
+hop is without work. Only heads as stored travel (grouped heads are not expanded).
 
 All-gather (Llama 3): all keys at once; backward gathers again and reduce-scatters the gradients.
 The communication is exposed, but it is one message; good for small groups.
@@ -11,12 +12,17 @@ The communication is exposed, but it is one message; good for small groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from model.attention import Exchange, Visit, VisitBack, merge
+
+ALL = slice(None)
 
 
 class _Group:
@@ -50,7 +56,7 @@ class _Group:
 
 
 class Ring(_Group):
-    """Point-to-point hops, all of them by pass_on."""
+    """Point-to-point hops."""
 
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__(group)
@@ -67,29 +73,36 @@ class Ring(_Group):
                 held = hop.wait()
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
-        """Call step(source, k, v) -> (dk, dv); return this rank's dk, dv, summed."""
+        """Call step(source, k, v, heads) -> (dk, dv); return this rank's dk, dv, summed."""
+        wide = torch.promote_types(k.dtype, torch.float32)
+        home = torch.empty((2, *k.shape), dtype=wide, device=k.device)
+
+        def stay(heads: slice) -> None:
+            if heads.start < heads.stop:
+                home[0][:, :, heads], home[1][:, :, heads] = step(self.rank, k, v, heads)
+
+        middle = (k.shape[2] + 1) // 2
         held = torch.stack((k, v))
-        home: Tensor | None = None
         grads: Hop | None = None
         for t in range(self.size):
             hop = self.pass_on(held) if t < self.size - 1 else None
-            dk, dv = step((self.rank - t) % self.size, held[0], held[1])
-            mine = _stack_wide(dk, dv)
-            if grads is not None:
-                mine += grads.wait()
-            if home is None:
-                home = mine
+            if t == 0:
+                stay(slice(0, middle))
             else:
+                dk, dv = step((self.rank - t) % self.size, held[0], held[1], ALL)
+                mine = _stack_wide(dk, dv)
+                if grads is not None:
+                    mine += grads.wait()
                 grads = self.pass_on(mine)
             if hop is not None:
                 held = hop.wait()
-        assert home is not None
+        stay(slice(middle, k.shape[2]))
         if grads is not None:
             home += grads.wait()
         return home[0], home[1]
 
     def pass_on(self, x: Tensor) -> Hop:
-        """Send x to the next rank; return the hop whose wait gives the previous rank's."""
+        """Send x to the next rank, and return what the one before sends, under way."""
         received = torch.empty_like(x)
         ops = [
             dist.P2POp(dist.isend, x, self.next, self.group),
@@ -106,14 +119,22 @@ def _stack_wide(a: Tensor, b: Tensor) -> Tensor:
     return both
 
 
+class Waiting(Protocol):
+    """What a hop waits for: a `dist.Work`."""
+
+    def wait(self) -> object:
+        """Return when it is done; on a GPU, let what comes later be done behind it."""
+        ...
+
+
 class Hop:
     """A message in flight; keeps what is sent alive until it has arrived."""
 
-    def __init__(self, sent: Tensor, received: Tensor, works: list[dist.Work]) -> None:
+    def __init__(self, sent: Tensor, received: Tensor, works: Sequence[Waiting]) -> None:
         self.sent, self.received, self.works = sent, received, works
 
     def wait(self) -> Tensor:
-        """Return what arrived; what the caller computes next is behind it."""
+        """Return what has arrived."""
         for work in self.works:
             work.wait()
         return self.received
@@ -130,12 +151,13 @@ class AllGather(_Group):
             step(source, held[source, 0], held[source, 1])
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
-        """Call step(source, k, v) -> (dk, dv); return this rank's dk, dv, summed."""
+        """Call step(source, k, v, heads) -> (dk, dv); return this rank's dk, dv, summed."""
         held = self._gather(torch.stack((k, v)))
         wide = torch.promote_types(k.dtype, torch.float32)
         grads = torch.empty(held.shape, dtype=wide, device=k.device)
         for source in range(self.size):
-            grads[source, 0], grads[source, 1] = step(source, held[source, 0], held[source, 1])
+            dk, dv = step(source, held[source, 0], held[source, 1], ALL)
+            grads[source, 0], grads[source, 1] = dk, dv
         home = torch.empty(grads.shape[1:], dtype=wide, device=k.device)
         dist.reduce_scatter_tensor(home, grads.flatten(0, 1), group=self.group)
         return home[0], home[1]

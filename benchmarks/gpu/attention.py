@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +90,8 @@ class Copied(Ring):
         with torch.cuda.stream(self.side):
             received.copy_(source)
             done = self.side.record_event()
-        works: Any = [done]  # its wait, as a Work's, holds back the current stream, not the host
-        return Hop(x, received, works)
+        # Its wait, as a Work's, holds back the current stream, not the host.
+        return Hop(x, received, [done])
 
 
 class Share:

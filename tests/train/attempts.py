@@ -158,7 +158,6 @@ def _warm() -> None:
     """Import what every rank needs once, before the fork; one thread, so that a fork is safe."""
     torch.set_num_threads(1)
     import parallel.megatron  # noqa: F401
-
     import train.pretrain  # noqa: F401
     from parallel.zero import load_deepspeed
 

@@ -113,7 +113,7 @@ def only_own_gradients(patch: pytest.MonkeyPatch) -> None:
 
     def own(self: Ring, k: Tensor, v: Tensor, step: Any) -> tuple[Tensor, Tensor]:
         kept: list[tuple[Tensor, Tensor]] = []
-        self.visit(k, v, lambda *args: kept.append(step(*args)))
+        self.visit(k, v, lambda *args: kept.append(step(*args, slice(None))))
         return kept[0]
 
     patch.setattr(Ring, "visit_back", own)
@@ -129,7 +129,7 @@ def ring_adds_in(dtype: torch.dtype | None, patch: pytest.MonkeyPatch) -> None:
     def visit_back(self: Ring, k: Tensor, v: Tensor, step: Any) -> tuple[Tensor, Tensor]:
         held, grads = torch.stack((k, v)), torch.zeros((), dtype=dtype or k.dtype)
         for t in range(self.size):
-            dk, dv = step((self.rank - t) % self.size, held[0], held[1])
+            dk, dv = step((self.rank - t) % self.size, *held, slice(None))
             grads = self.pass_on(grads + torch.stack((dk, dv)).to(grads.dtype)).wait()
             held = self.pass_on(held).wait()
         return grads[0], grads[1]

@@ -15,7 +15,7 @@ from model.attention import Alone
 from model.interfaces import Sequence
 from model.local import FoldedSequence
 
-SHAPE = (2, 3, 4, 2, 8)  # [B, N, S, H, K]
+SHAPE = (2, 3, 2, 4, 8)  # [B, N, H, S, K]
 
 
 class Probe(NamedTuple):
@@ -38,10 +38,10 @@ def probe(sequence: Sequence, precision: str) -> Probe | None:
     keys = [(_draw(source, 0, dtype), _draw(source, 1, dtype)) for source in range(size)]
     seen: dict[int, float] = {}
 
-    def step(source: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def step(source: int, k: Tensor, v: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         seen[source] = max(_error(k, keys[source][0]), _error(v, keys[source][1]))
         number = 2 + 2 * (rank * size + source)
-        return _draw(number, 2, dtype), _draw(number, 3, dtype)
+        return _draw(number, 2, dtype)[:, :, heads], _draw(number, 3, dtype)[:, :, heads]
 
     dk, dv = exchange.visit_back(*keys[rank], step)
     senders = [2 + 2 * (sender * size + rank) for sender in range(size)]

@@ -156,10 +156,13 @@ def _context_parallel(
     share = cluster.overlap
     per_hop, per_hop_back = attention / layers / cp, attention_back / layers / cp
     waits = again * (cp - 1) * max(hop - share * per_hop, 0.0)
-    # Back: keys alone, keys with others' gradients, and the last gradients behind no work.
-    waits += max(hop - share * per_hop_back, 0.0)
+    # Back: keys alone, keys with others' gradients, gradients alone; beside the first and the last
+    # a rank computes its own part, by heads.
+    heads = model.num_kv_heads // shapes.tp
+    early = (heads + 1) // 2 / heads
+    waits += max(hop - early * share * per_hop_back, 0.0)
     waits += (cp - 2) * max(hop_back - share * per_hop_back, 0.0)
-    waits += gradient / link.rate + latency
+    waits += max(gradient / link.rate + latency - (1 - early) * share * per_hop_back, 0.0)
     return layers * waits
 
 
