@@ -39,6 +39,7 @@ head's softmax over landmarks; every head, by the best token of the call."""
 Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(cos, sin), each [*positions, K / 2], of integer positions of any shape."""
 
+ALL = slice(None)
 _SCORES = 2**26
 """Landmark scores held at once: 256 MiB in float32."""
 
@@ -46,18 +47,26 @@ _GATHERED = 2**24
 """Numbers of keys held at once for rows that choose for themselves: 64 MiB, and of values too."""
 
 
-def newest_of_best(scores: Tensor, count: int) -> Tensor:
+_ROUNDING = {torch.float64: 2.0**-46, torch.float32: 2.0**-20, torch.float16: 2.0**-13,
+             torch.bfloat16: 2.0**-10}  # fmt: skip
+"""By the keys' type: scores that rounding alone may have parted, in those of |q| |k|."""
+
+
+def newest_of_best(scores: Tensor, count: int, slack: Tensor | float = 0.0) -> Tensor:
     """Return the places of the `count` greatest of scores [..., n], rising: [..., count] int64.
 
-    Of equal ones the last. In the lowest layer all landmarks are one and the same key, and topk
-    breaks ties as it likes, differently with gradients and without. nan is the least of all.
+    Of those within `slack` [..., 1] of the last the newest: they are ties. In the lowest layer all
+    landmarks are one and the same key, but for what a matrix product makes of equal rows at other
+    places; and topk breaks ties as it likes, differently with gradients and without. nan is the
+    least of all.
     """
     scores = scores.masked_fill(scores.isnan(), float("-inf"))
     least = scores.topk(count, -1).values[..., -1:]
-    above, at_least = scores > least, scores == least
+    above = scores > least + slack
+    tied = (scores >= least - slack) & ~above
     wanted = count - above.sum(-1, keepdim=True)
-    from_the_end = at_least.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
-    chosen = above | (at_least & (from_the_end <= wanted))
+    from_the_end = tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+    chosen = above | (tied & (from_the_end <= wanted))
     return chosen.nonzero()[:, -1].view(*scores.shape[:-1], count)
 
 
@@ -168,12 +177,11 @@ class _Queries:
         self, rows: slice, by_best_head: bool, reduce: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
         """Return the blocks that each row reads: [B, H or 1, R, top_k], see _best."""
-        scores = self.scores(rows)
-        if not by_best_head:
-            return self._best(scores)
-        # Logarithms: a probability that underflows would tie with hidden blocks.
-        best = scores.log_softmax(-1).amax(1, keepdim=True)
-        return self._best(reduce(best) if reduce else best)
+        scores, slack = self.scores(rows), self._slack(rows)
+        if by_best_head:
+            # Logarithms: a probability that underflows would tie with hidden blocks.
+            scores, slack = scores.log_softmax(-1).amax(1, True), slack.amax(1, True)
+        return self._best(scores, slack, reduce if by_best_head else None)
 
     def choose_for_all(self, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Return the blocks that each head's rows read together: [B, H, 1, top_k]."""
@@ -182,11 +190,25 @@ class _Queries:
             here = self.scores(rows).log_softmax(-1).amax(2, keepdim=True)
             best = here if best is None else torch.maximum(best, here)
         assert best is not None
-        return self._best(reduce(best) if reduce else best)
+        return self._best(best, self._slack(ALL).amax(2, True), reduce)
 
-    def _best(self, scores: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _slack(self, rows: slice) -> Tensor:
+        """Return how far rounding may part a row's scores of one key: [B, H, R, 1]."""
+        landmarks = self.store.landmarks[:, :, : self.count]
+        longest = landmarks.to(self.q.dtype).norm(dim=-1).amax(-1)  # [B, Hkv]
+        longest = longest.repeat_interleave(self.group, 1)[:, :, None, None]
+        length = self.q[:, :, rows].norm(dim=-1, keepdim=True)
+        slack: Tensor = _ROUNDING[landmarks.dtype] * self.scale * length * longest
+        return slack.nan_to_num(0.0)
+
+    def _best(
+        self, scores: Tensor, slack: Tensor, reduce: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         """Return the numbers in the store of the best blocks, rising; -1 first where too few."""
-        number = newest_of_best(self._hide(scores), min(self.top_k, self.count))
+        if reduce is not None:
+            scores, slack = reduce(torch.cat((scores, slack), -1)).tensor_split([-1], -1)
+        number = newest_of_best(self._hide(scores), min(self.top_k, self.count), slack)
         number = number.masked_fill(number < self.store.first.view(-1, 1, 1, 1), -1)
         missing = self.top_k - number.shape[-1]
         number = torch.nn.functional.pad(number, (missing, 0), value=-1)

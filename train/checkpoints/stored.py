@@ -20,7 +20,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.memory.base import Axes, State, join_rows, named_axes, named_parts, take_rows
+from model.memory.base import (
+    Axes,
+    State,
+    join_rows,
+    map_tensors,
+    named_axes,
+    named_parts,
+    take_rows,
+)
 from parallel.mesh import place
 from parallel.slicing import join_tokens, layout_of, take_slice
 from parallel.tensor import Cut
@@ -182,13 +190,13 @@ class Stored:
                 parts.append(take_rows(state, rows))
         if not parts:
             raise BadCheckpoint(f"{self.checkpoint}: no memory of lanes {lanes.start} and after")
-        return join_rows(parts)
+        return map_tensors(_owned, join_rows(parts))
 
     def passed(self, template: State) -> State | None:
         """Return what random state passing may begin a document with, if anything."""
         if not any(name.startswith("passed/") for name in self._others):
             return None
-        return _filled(template, "passed", self._any)
+        return map_tensors(_owned, _filled(template, "passed", self._any))
 
     def random(self, kind: str, rank: int) -> Tensor | None:
         """Return the state of a rank's generator (kind: cpu, cuda): its own, or another's."""
@@ -261,6 +269,14 @@ class Stored:
     def _tensor(self, file: int, key: str) -> Tensor:
         tensor: Tensor = self._open(file).get_tensor(key)
         return tensor
+
+
+def _owned(x: Tensor) -> Tensor:
+    """Return x in memory that torch has aligned.
+
+    Of a file it lies as the file has it, and some CPUs' matrix products round by that.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _filled(template: State, prefix: str, get: Any) -> State:
