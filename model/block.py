@@ -27,8 +27,10 @@ class Block(nn.Module):
         self.num_heads = config.num_heads // linears.size
         self.num_kv_heads = config.num_kv_heads // linears.size
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.qkv = QKV(config, linears, mixer.extra)
-        self.output = linears.row(config.num_heads * config.head_dim, config.hidden_size)
+        self.qkv = QKV(config, linears, extra=mixer.extra, fp8=compute.fp8)
+        self.output = linears.row(
+            config.num_heads * config.head_dim, config.hidden_size, fp8=compute.fp8
+        )
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLU(config, linears, compute)
         self.mixer = mixer

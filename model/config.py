@@ -277,3 +277,4 @@ class ComputeConfig:
     loss_chunk: int = 1024
     ffn_chunk: int | None = None
     wavefront: bool = False  # armt: layers at once, each with another segment; see model.wavefront
+    fp8: bool = False  # products of the blocks' linear maps; see model.float8

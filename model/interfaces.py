@@ -75,16 +75,22 @@ class Linears(Protocol):
     rank: int  # this one of them
 
     def column(
-        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        fp8: bool = False,
     ) -> nn.Module:
         """Return a map whose output features are split: [rows, in] -> [all rows, out / size].
 
         stride 2: the weight is two matrices stacked, each split by itself (gate and up). A bias
-        is split as the output features are.
+        is split as the output features are. fp8: its products are as in model.float8.
         """
         ...
 
-    def row(self, in_features: int, out_features: int) -> nn.Module:
+    def row(self, in_features: int, out_features: int, *, fp8: bool = False) -> nn.Module:
         """Return a map whose input features are split: [all rows, in / size] -> [rows, out]."""
         ...
 

@@ -64,13 +64,18 @@ class QKV(nn.Module):
     tensor-parallel rank.
     """
 
-    def __init__(self, config: ModelConfig, linears: Linears, extra: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, linears: Linears, *, extra: int = 0, fp8: bool = False
+    ) -> None:
         super().__init__()
         self.num_kv_heads, self.head_dim = config.num_kv_heads // linears.size, config.head_dim
         group = config.num_heads // config.num_kv_heads
         self.split = (group * config.head_dim, config.head_dim, config.head_dim, extra)
         self.linear = linears.column(
-            config.hidden_size, config.num_kv_heads * sum(self.split), bias=config.qkv_bias
+            config.hidden_size,
+            config.num_kv_heads * sum(self.split),
+            bias=config.qkv_bias,
+            fp8=fp8,
         )
         if isinstance(self.linear.bias, nn.Parameter):
             starts_at(self.linear.bias, 0.0)
@@ -98,8 +103,9 @@ class SwiGLU(nn.Module):
         chunk = compute.ffn_chunk
         self.chunk = None if chunk is None else -(-chunk // linears.scattered)
         self.selective = compute.checkpointing == "selective"
-        self.gate_up = linears.column(config.hidden_size, 2 * config.ffn_size, stride=2)
-        self.down = linears.row(config.ffn_size, config.hidden_size)
+        hidden, ffn, fp8 = config.hidden_size, config.ffn_size, compute.fp8
+        self.gate_up = linears.column(hidden, 2 * ffn, stride=2, fp8=fp8)
+        self.down = linears.row(ffn, hidden, fp8=fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [rows, D] -> [rows, D]."""

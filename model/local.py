@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Alone, Exchange, Layout, Whole
+from model.float8 import Float8Linear
 from model.fold import Piece, fold, fold_slots
 from model.kernels import Kernel
 from model.packed import Packed
@@ -75,14 +76,20 @@ class LocalLinears:
     rank = 0
 
     def column(
-        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        fp8: bool = False,
     ) -> nn.Module:
         """Return a linear map."""
-        return nn.Linear(in_features, out_features, bias=bias)
+        return (Float8Linear if fp8 else nn.Linear)(in_features, out_features, bias=bias)
 
-    def row(self, in_features: int, out_features: int) -> nn.Module:
+    def row(self, in_features: int, out_features: int, *, fp8: bool = False) -> nn.Module:
         """Return a linear map without bias."""
-        return nn.Linear(in_features, out_features, bias=False)
+        return self.column(in_features, out_features, fp8=fp8)
 
     def embedding(self, num_embeddings: int, features: int) -> nn.Module:
         """Return a lookup table."""

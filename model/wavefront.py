@@ -139,7 +139,7 @@ class _Norms(nn.Module):
 def _stacked(layers: Items[nn.Module]) -> Any:
     """Return one module that is these of several layers, each for its stretch of the rows."""
     first = layers[0]
-    if isinstance(first, nn.Linear) and not first._forward_hooks:
+    if type(first) is nn.Linear and not first._forward_hooks:
         bias = None if first.bias is None else _stack(layers, "bias")
         return _Maps(_stack(layers, "weight"), bias)
     if isinstance(first, RMSNorm):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.float8 import float8_product
 from parallel.megatron import (
     ColumnParallelLinear,
     ModelParallelConfig,
@@ -21,13 +22,33 @@ from parallel.megatron import (
 from parallel.mesh import Mesh
 
 
-class _Column(ColumnParallelLinear):  # type: ignore[misc]
+class _Products:
+    """Megatron's products of a map, or with `fp8` those of model.float8.
+
+    With fp8 the sum of the rows' gradients is not beside the product of the weight's.
+    """
+
+    fp8 = False
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Any, **how: Any) -> Tensor:  # noqa: A002
+        if not self.fp8:
+            theirs: Tensor = super()._forward_impl(input, weight, bias=bias, **how)  # type: ignore[misc]
+            return theirs
+        if how["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input)  # noqa: A001
+        elif how["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input)  # noqa: A001
+        result = float8_product(input, weight)
+        return result if bias is None else result + bias
+
+
+class _Column(_Products, ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = super().forward(x)[0]
         return result
 
 
-class _Row(RowParallelLinear):  # type: ignore[misc]
+class _Row(_Products, RowParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = super().forward(x)[0]
         return result
@@ -59,7 +80,13 @@ class MegatronLinears:
         )
 
     def column(
-        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        fp8: bool = False,
     ) -> nn.Module:
         """Return a column-parallel linear map."""
         layer = _Column(
@@ -70,9 +97,10 @@ class MegatronLinears:
             bias=bias,
             stride=stride,
         )
+        layer.fp8 = fp8
         return _marked(layer, 0, stride)  # megatron marks the bias by itself
 
-    def row(self, in_features: int, out_features: int) -> nn.Module:
+    def row(self, in_features: int, out_features: int, *, fp8: bool = False) -> nn.Module:
         """Return a row-parallel linear map without bias."""
         layer = _Row(
             in_features,
@@ -83,6 +111,7 @@ class MegatronLinears:
             input_is_parallel=True,
             skip_bias_add=False,
         )
+        layer.fp8 = fp8
         return _marked(layer, 1)
 
     def embedding(self, num_embeddings: int, features: int) -> nn.Module:

@@ -13,6 +13,7 @@ from model.attention import Layout
 from model.compiled import use_compiled
 from model.config import ComputeConfig, LoraConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
+from model.float8 import check_float8
 from model.init import initialise
 from model.interfaces import Linears
 from model.local import FoldedSequence, LocalLinears
@@ -55,7 +56,11 @@ def to_compute_config(config: Config) -> ComputeConfig:
     """Return what is recomputed, and in what pieces."""
     train = config.train
     return ComputeConfig(
-        train.checkpointing, train.loss_chunk, train.ffn_chunk, wavefront=train.wavefront
+        train.checkpointing,
+        train.loss_chunk,
+        train.ffn_chunk,
+        wavefront=train.wavefront,
+        fp8=train.fp8,
     )
 
 
@@ -73,6 +78,8 @@ def build(
     ZeroEngine.
     """
     use_compiled(config.train.compile)
+    if config.train.fp8:
+        check_float8(mesh.device)
     layout = layout_of(config.parallel.layout, mesh.cp)
     model = make_model(config, model_config, mesh, layout)
     initialise(

@@ -17,6 +17,7 @@ import benchmarks.gpu
 
 PARTS = {
     "kernels": "correctness",
+    "fp8": "correctness",
     "memories": "correctness",
     "ring": "attention",
     "grouped": "attention",

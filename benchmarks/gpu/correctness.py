@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.gpu.measure import DEVICE, HALF, Error, Options, Row, Table, difference, named
 from benchmarks.gpu.models import document, shape
-from benchmarks.gpu.tolerances import GRADIENTS, KERNELS, LOSS, LSE, WEIGHTS
+from benchmarks.gpu.tolerances import FP8, FP8_TWIN, GRADIENTS, KERNELS, LOSS, LSE, WEIGHTS
 from benchmarks.length import MEMORIES
 from data.streams import Batch
 from model.compiled import use_compiled
 from model.config import ModelConfig, NoMemory
 from model.decoder import Decoder
+from model.float8 import float8_product
 from model.init import initialise
 from model.kernels import Blockwise, choose_kernel
 from model.memory.grouped import GroupedSoftmax, choose_grouped
@@ -31,6 +34,40 @@ def kernels(options: Options) -> Table:
             for dtype in (torch.float32, HALF):
                 slow: Any = Blockwise() if name == "attention" else GroupedSoftmax(block)
                 yield compare(slow, name, dtype, head_dim, length, block)
+
+
+def fp8(options: Options) -> Table:
+    """Relative error of the three FP8 products against bfloat16's, and against the host's FP8.
+
+    Rows that are no multiple of 16, an outlier among them. Rounding to four bits leaves 3e-2 to
+    4e-2 of normal numbers.
+    """
+    yield ["rows", "in", "out", "compiled", "of bfloat16's: result", "of x", "of weight",
+           "of the host's: result", "of x", "of weight"]  # fmt: skip
+    rows, *features = (37, 64, 48) if options.tiny else (2047, 1024, 2816)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, features[0]), (features[1], features[0]), (rows, features[1]))
+    given = [torch.randn(shape, generator=generator).to(HALF) for shape in shapes]
+    given[0][3] *= 2.0**12
+    here = [x.to(DEVICE) for x in given]
+    plain, host = products(functional.linear, here), products(float8_product, given)
+    for on in (False, True):
+        use_compiled(on)
+        own = products(float8_product, here)
+        errors = [
+            Error(difference(mine, theirs), limit)
+            for others, limit in ((plain, FP8), (host, FP8_TWIN))
+            for mine, theirs in zip(own, others, strict=True)
+        ]
+        yield [*map(str, (rows, *features)), "yes" if on else "no", *errors]
+    use_compiled(False)
+
+
+def products(product: Callable[[Tensor, Tensor], Tensor], given: list[Tensor]) -> list[Tensor]:
+    """Return a map's result and its two gradients."""
+    x, weight = (each.detach().clone().requires_grad_() for each in given[:2])
+    out = product(x, weight)
+    return [out, *torch.autograd.grad(out, (x, weight), given[2])]
 
 
 def compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     length: int  # tokens of a sample
     layers: int
     way: dict[str, Any]
-    compiled: bool
+    kernels: str  # compiled, fp8 (compiled too), eager
     tiny: bool
 
     @property
@@ -76,7 +77,9 @@ class Case(NamedTuple):
                 "train": {
                     "steps": 1000, "batch_size": self.lanes, "micro_batch": 1, "lr": 1e-4,
                     "precision": "bf16", "schedule": "constant", "warmup_steps": 0,
-                    "loss_chunk": 1024, "compile": self.compiled, **self.way,
+                    "loss_chunk": 1024, "fp8": self.kernels == "fp8",
+                    # a CPU takes minutes for it
+                    "compile": self.kernels != "eager" and DEVICE.type == "cuda", **self.way,
                 },
             }
         )  # fmt: skip
@@ -91,38 +94,35 @@ def step_8k(options: Options) -> Table:
 
     Forward, backward and AdamW, 65,536 tokens and more a step. All rows of a length have the same
     layers, the most that the plan says fit whatever the memory. MFU counts causal attention and no
-    recomputation; the head's share of these FLOPs is larger than in 32 layers (6 % at 8,192). In
-    brackets what `longhaul plan` expects.
+    recomputation, and is of bfloat16's peak; the head's share of these FLOPs is larger than in 32
+    layers (6 % at 8,192). In brackets what `longhaul plan` expects, in bfloat16. In FP8 asked are
+    1.3 times the tokens/s of the row in bfloat16.
     """
-    return steps(options, 256 if options.tiny else 8192, eager=True)
+    return steps(options, 256 if options.tiny else 8192, others=["fp8", "eager"])
 
 
 def step_32k(options: Options) -> Table:
     """Like step_8k: samples of 32,768 tokens."""
-    return steps(options, 512 if options.tiny else 32768, eager=False)
+    return steps(options, 512 if options.tiny else 32768)
 
 
 def step_128k(options: Options) -> Table:
     """Like step_8k: samples of 131,072 tokens."""
-    return steps(options, 1024 if options.tiny else 131072, eager=False)
+    return steps(options, 1024 if options.tiny else 131072)
 
 
-def steps(options: Options, length: int, *, eager: bool) -> Table:
-    """Yield a row for each memory, compiled; eager: then the same without."""
-    yield ["memory", "tokens a sample", "samples", "layers", "compiled", "recomputed", "step, s",
+def steps(options: Options, length: int, others: Items[str] = ()) -> Table:
+    """Yield a row for each memory, compiled; then the same otherwise: in FP8 too, or eager."""
+    yield ["memory", "tokens a sample", "samples", "layers", "kernels", "recomputed", "step, s",
            "tokens/s", "MFU (planned)", "head's share", "GiB (planned)"]  # fmt: skip
     start_processes(timedelta(minutes=10))
     free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else 0
     layers, way = fitting(length, free, options.tiny)
-    switches = [True, False] if eager else [True]
-    if DEVICE.type == "cpu":
-        switches = [False]  # compiling takes a CPU minutes
-    for compiled in switches:
+    for kernels in ["compiled", *others]:
         for memory in MEMORIES:
             gc.collect()  # the row before: its engine and its optimizer know each other
             forget()
-            case = Case(memory, length, layers, way, compiled, options.tiny)
-            yield measured(case, options.rounds)
+            yield measured(Case(memory, length, layers, way, kernels, options.tiny), options.rounds)
 
 
 def fitting(length: int, free: int, tiny: bool) -> tuple[int, dict[str, Any]]:
@@ -138,7 +138,7 @@ def fitting(length: int, free: int, tiny: bool) -> tuple[int, dict[str, Any]]:
 def fits(length: int, way: dict[str, Any], free: int) -> Iterator[int]:
     """Yield the numbers of layers for which the plan has room."""
     for layers in range(1, MOST + 1):
-        cases = [Case(memory, length, layers, way, True, False) for memory in MEMORIES]
+        cases = [Case(memory, length, layers, way, "compiled", False) for memory in MEMORIES]
         if any(case.plan().memory.total > ROOM * free for case in cases):
             return
         yield layers
@@ -152,7 +152,7 @@ def measured(case: Case, rounds: int) -> Row:
     head = 6.0 * model.hidden_size * model.vocab_size / flops
     way = ", ".join(f"{key} {value}" for key, value in case.way.items())
     kind = [case.memory, f"{case.length:,}", str(case.lanes), str(case.layers),
-            "yes" if case.compiled else "no", way]  # fmt: skip
+            case.kernels, way]  # fmt: skip
     planned = f"{plan.memory.total / 2**30:.1f}"
     try:
         step_s = step_seconds(config, model, rounds)

@@ -27,5 +27,13 @@ what is searched (landmark, hmt) can differ where two scores are near."""
 GRADIENTS = 5e-2
 """Of all gradients in bfloat16; on a CPU it is 5e-3 to 8e-3."""
 
+FP8 = 6e-2
+"""FP8 products of normal numbers against bfloat16's: two factors, each off by 2.6e-2 (2^-4 of a
+number at most, evenly spread)."""
+
+FP8_TWIN = 1e-2
+"""The same factors on host and device; sums and results are rounded. Hopper's tensor cores sum FP8
+products with fewer bits than float32 has."""
+
 GRAPHS = 1e-2
 """Logits in bfloat16 of the same operations; kernels may choose other sizes of tiles."""

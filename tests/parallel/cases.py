@@ -88,7 +88,7 @@ class Case:
             if value != vars(Case())[name] and name != "compute"
         ]
         recompute = "" if self.compute == ComputeConfig() else self.compute.checkpointing
-        recompute += " wavefront" * self.compute.wavefront
+        recompute += " wavefront" * self.compute.wavefront + " fp8" * self.compute.fp8
         return " ".join([*changed, recompute]).strip() or "plain"
 
 
@@ -97,11 +97,12 @@ def subject_of(case: Case) -> Subject:
 
     Gradients have a root mean square of 4e-3 here and round at 1e-9: so AdamW's eps is not 1e-8.
     """
+    hidden, ffn = (64, 64) if case.compute.fp8 else (32, 48)  # 16 and more a rank
     raw = {
         "name": "equivalence",
         "model": {
-            "vocab_size": 90, "num_layers": 2, "hidden_size": 32, "num_heads": 4,
-            "num_kv_heads": 2, "ffn_size": 48, "memory": MEMORIES[case.memory],
+            "vocab_size": 90, "num_layers": 2, "hidden_size": hidden, "num_heads": 4,
+            "num_kv_heads": 2, "ffn_size": ffn, "memory": MEMORIES[case.memory],
             "init_std": INIT_STD.get(case.memory, 0.2), "tie_embeddings": case.tied,
             "qkv_bias": case.bias, "lora": None if case.lora is None else asdict(case.lora),
         },

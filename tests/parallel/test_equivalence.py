@@ -168,6 +168,34 @@ def test_bfloat16_is_close_to_plain_float32(case: Case) -> None:
             assert similarity > 0.99, (name, float(similarity))
 
 
+FP8 = ComputeConfig(fp8=True)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(cp=2, stage=3, bf16=True, compute=FP8),
+        Case(tensor="TP2", stage=2, bf16=True, compute=FP8),
+        Case(tensor="TP2+SP", cp=2, bf16=True, memory="infini", compute=FP8),
+        Case(tensor="TP2+SP", bf16=True, compute=ComputeConfig("selective", fp8=True)),
+    ],
+    ids=str,
+)
+def test_fp8_over_ranks_is_as_close_as_fp8_in_one_process(case: Case) -> None:
+    """Scales of rows and columns are powers of two: a layout changes what bfloat16 rounds."""
+    differences, found = differences_of(case)
+    assert [each for each in differences if not each.passes] == []
+    alone = reference(case, torch.bfloat16).steps
+    for step, other in zip(found.steps, alone, strict=True):
+        assert abs(step.loss / other.loss - 1) < 2e-3
+    for name, gradient in found.steps[0].gradients.items():
+        exact = alone[0].gradients[name].double().ravel()
+        for replica in gradient:
+            similarity = torch.cosine_similarity(replica.double().ravel(), exact, 0)
+            assert similarity > 0.995, (name, float(similarity))
+
+
 @pytest.mark.parametrize("memory", VALUES["memory"])
 def test_the_reference_clips_at_every_step(memory: str) -> None:
     """Else a wrong norm would change no weight."""

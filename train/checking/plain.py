@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.streams import IGNORE, Batch
-from model.config import ModelConfig
+from model.config import ComputeConfig, ModelConfig
 from model.decoder import Decoder
 from model.init import Shape, Take, initial_value, initialise
 from model.lora import B
@@ -84,7 +84,9 @@ def train(config: Config, model_config: ModelConfig, dtype: torch.dtype) -> Trai
 
 def begin(config: Config, model_config: ModelConfig, dtype: torch.dtype) -> Decoder:
     """Return the model with its first weights."""
-    model = Decoder(model_config)
+    # exact, it rounds nothing
+    fp8 = config.train.fp8 and dtype == torch.bfloat16
+    model = Decoder(model_config, compute=ComputeConfig(fp8=fp8))
     initialise(model, model_config, config.seed)
     enliven(model, model_config, config.seed)
     if config.train.precision == "bf16":

@@ -45,12 +45,18 @@ class _Marking(LocalLinears):
         self.kept: list[nn.Parameter] = []  # alive, so that no id is given twice
 
     def column(
-        self, in_features: int, out_features: int, *, stride: int = 1, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        fp8: bool = False,
     ) -> nn.Module:
-        return self._mark(super().column(in_features, out_features, stride=stride, bias=bias))
+        return self._mark(nn.Linear(in_features, out_features, bias=bias))
 
-    def row(self, in_features: int, out_features: int) -> nn.Module:
-        return self._mark(super().row(in_features, out_features))
+    def row(self, in_features: int, out_features: int, *, fp8: bool = False) -> nn.Module:
+        return self._mark(nn.Linear(in_features, out_features, bias=False))
 
     def embedding(self, num_embeddings: int, features: int) -> nn.Module:
         return self._mark(super().embedding(num_embeddings, features))

@@ -15,6 +15,7 @@ from data.urls import shown_url, url_of
 from model.config import VOCAB_MULTIPLE
 from train.settings.data import CorpusShare
 from train.settings.evaluation_rules import EVALUATION_RULES
+from train.settings.fp8 import FP8_RULES
 from train.settings.memories import IN_TURN, Memory, find_memory
 from train.settings.memory_rules import MEMORY_RULES
 from train.settings.pretrained_keys import PRETRAINED_RULES
@@ -329,6 +330,7 @@ RULES: tuple[Rule, ...] = (
         ("train.decay_steps", "train.schedule", _STEPS, _WARMUP),
         _decay_steps,
     ),
+    *FP8_RULES,
     *PROFILE_RULES,
     Rule("data.cache_dir", ("data.cache_dir", "data.train", "data.valid"), _cache_dir),
     *EVALUATION_RULES,

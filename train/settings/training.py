@@ -62,6 +62,12 @@ class TrainSection(Section):
         description="Arithmetic of the layers. bf16 on GPUs (master weights stay fp32); fp32 on"
         " CPU and for comparisons.",
     )
+    fp8: bool = Field(
+        default=False,
+        description="Products of the layers' linear maps in FP8, all else in bf16 (for precision:"
+        " bf16; on GPUs from compute capability 8.9 on, such as H100. A CPU computes the same,"
+        " slowly). Best with compile, which fuses the rounding.",
+    )
     lr: Positive = Field(description="Peak learning rate, after the warmup. Such as 3e-4.")
     min_lr: NonNegative = Field(
         default=0.0, description="Learning rate at the end of a cosine or wsd schedule."
