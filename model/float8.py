@@ -25,7 +25,7 @@ MULTIPLE = 16
 """What a GPU's FP8 products want features to be a multiple of."""
 
 _TYPE = torch.float8_e4m3fn  # with a scale a row gradients need no wider range (e5m2)
-_LARGEST = torch.finfo(_TYPE).max  # 448
+_EXPONENT = 0x7F800000  # of a float32
 
 
 def float8_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,11 +65,14 @@ def _rounded_product(a: Tensor, b: Tensor) -> Tensor:
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x [n, k] in float8 [n, k'] and what its rows are to be multiplied by [n, 1] float32.
 
-    k' is k or, zeros behind it, the next multiple of 16. A row that holds inf or nan is nan.
+    k' is k or, zeros behind it, the next multiple of 16. Scales are the largest powers of two that
+    leave a row within 448 = 1.75 * 256, float8's largest. A row that holds inf or nan is nan.
     """
     x = functional.pad(x, (0, -x.shape[1] % MULTIPLE)).float()
     largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)  # rows of zeros stay zeros
-    scale = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))
+    # Its power of two by its bits: a GPU's log2 and exp2 are not exact.
+    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)
+    scale = torch.where(largest <= 1.75 * power, 256.0, 128.0) / power
     return (x * scale).to(_TYPE).contiguous(), 1.0 / scale
 
 

@@ -85,8 +85,15 @@ class _ChunkedLoss(torch.autograd.Function):
 def _added(total: Tensor | None, part: Tensor, more: bool) -> Tensor:
     """Return the sum; hundreds of chunks add up, and bfloat16 would lose the later ones."""
     if total is not None:
-        return total.add_(part)
+        _add(total, part)
+        return total
     return part.to(torch.promote_types(part.dtype, torch.float32)) if more else part
+
+
+@fused
+def _add(total: Tensor, part: Tensor) -> None:
+    """Add a part of a narrower type, which torch alone would first copy as a whole."""
+    total.add_(part)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def test_an_error_above_its_tolerance_or_no_number_is_wrong(value: float) -> Non
 
 @pytest.mark.slow
 def test_the_toy_sizes_run_and_are_right(tmp_path: Path) -> None:
-    parts = ("kernels", "memories", "ring")
+    parts = ("kernels", "fp8", "memories", "ring")
     words = ["-m", "benchmarks.gpu", "--tiny", "--rounds", "1", "--parts", ",".join(parts)]
     done = subprocess.run(
         [sys.executable, *words, "--output", str(tmp_path)],
