@@ -4,7 +4,8 @@ Each row of the left factor and each column of the right one has a scale of its 
 scaling; Micikevicius et al. 2022, FP8 formats for deep learning; Fishman et al. 2024 on why one
 scale a tensor drowns in outliers). Scales are powers of two, so scaling itself rounds nothing: a
 number keeps four significant bits, whatever its row's largest is, unless that is 2^14 times as
-large. So a layout, which cuts rows and columns, changes next to nothing.
+large. So it does not matter which of a row's or column's numbers a rank holds; a layout changes
+what bfloat16 rounds, and through it where some numbers are rounded to.
 
 Of a map's three products (result, gradient of its rows, gradient of its weight) each rounds its own
 two factors anew, along what it sums over. What is kept for backward is what is kept without FP8.
@@ -41,19 +42,19 @@ class _Float8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _rounded_product(x, weight)
+        return rounded_product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        of_x = _rounded_product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        of_weight = _rounded_product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        of_x = rounded_product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = rounded_product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
         return of_x, of_weight
 
 
-def _rounded_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b.T of a [m, k] and b [n, k], each row of both rounded with its own scale."""
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b.T [m, n] of a [m, k] and b [n, k], each row of both rounded by its own scale."""
     (a8, of_a), (b8, of_b) = rounded(a), rounded(b)
     return functional.scaled_mm(
         a8, b8.t(), of_a, ScalingType.RowWise, of_b.t(), ScalingType.RowWise,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.float8 import float8_product
+from parallel.float8 import column_product
 from parallel.megatron import (
     ColumnParallelLinear,
     ModelParallelConfig,
@@ -23,10 +24,7 @@ from parallel.mesh import Mesh
 
 
 class _Products:
-    """Megatron's products of a map, or with `fp8` those of model.float8.
-
-    With fp8 the sum of the rows' gradients is not beside the product of the weight's.
-    """
+    """Megatron's products of a map, or with `fp8` those of model.float8."""
 
     fp8 = False
 
@@ -34,11 +32,11 @@ class _Products:
         if not self.fp8:
             theirs: Tensor = super()._forward_impl(input, weight, bias=bias, **how)  # type: ignore[misc]
             return theirs
-        if how["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(input)  # noqa: A001
-        elif how["allreduce_dgrad"]:
-            input = copy_to_tensor_model_parallel_region(input)  # noqa: A001
-        result = float8_product(input, weight)
+        scattered = how["sequence_parallel"]
+        if scattered or how["allreduce_dgrad"]:
+            result = column_product(input, weight, how["tp_group"], scattered=scattered)
+        else:
+            result = float8_product(input, weight)
         return result if bias is None else result + bias
 
 

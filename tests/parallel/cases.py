@@ -97,13 +97,15 @@ def subject_of(case: Case) -> Subject:
 
     Gradients have a root mean square of 4e-3 here and round at 1e-9: so AdamW's eps is not 1e-8.
     """
-    hidden, ffn = (64, 64) if case.compute.fp8 else (32, 48)  # 16 and more a rank
+    hidden, ffn, std = 32, 48, INIT_STD.get(case.memory, 0.2)
+    if case.compute.fp8:  # 16 features and more a rank; weights that do not raise its rounding
+        hidden, ffn, std = 64, 64, 0.08
     raw = {
         "name": "equivalence",
         "model": {
             "vocab_size": 90, "num_layers": 2, "hidden_size": hidden, "num_heads": 4,
             "num_kv_heads": 2, "ffn_size": ffn, "memory": MEMORIES[case.memory],
-            "init_std": INIT_STD.get(case.memory, 0.2), "tie_embeddings": case.tied,
+            "init_std": std, "tie_embeddings": case.tied,
             "qkv_bias": case.bias, "lora": None if case.lora is None else asdict(case.lora),
         },
         "data": {

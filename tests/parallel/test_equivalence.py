@@ -183,17 +183,19 @@ FP8 = ComputeConfig(fp8=True)
     ids=str,
 )
 def test_fp8_over_ranks_is_as_close_as_fp8_in_one_process(case: Case) -> None:
-    """Scales of rows and columns are powers of two: a layout changes what bfloat16 rounds."""
+    """What bfloat16 rounds otherwise tips a rounding to four bits here and there: a gradient's
+    direction by 3e-3 to 5e-3, where FP8 itself costs 6e-3 to 1.4e-2.
+    """
     differences, found = differences_of(case)
     assert [each for each in differences if not each.passes] == []
     alone = reference(case, torch.bfloat16).steps
     for step, other in zip(found.steps, alone, strict=True):
-        assert abs(step.loss / other.loss - 1) < 2e-3
+        assert abs(step.loss / other.loss - 1) < 1e-3
     for name, gradient in found.steps[0].gradients.items():
         exact = alone[0].gradients[name].double().ravel()
         for replica in gradient:
             similarity = torch.cosine_similarity(replica.double().ravel(), exact, 0)
-            assert similarity > 0.995, (name, float(similarity))
+            assert similarity > 0.99, (name, float(similarity))
 
 
 @pytest.mark.parametrize("memory", VALUES["memory"])

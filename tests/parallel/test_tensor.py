@@ -68,14 +68,14 @@ CASES = {
 }  # fmt: skip
 
 
-def make(linears: Linears, name: str) -> nn.Module:
+def make(linears: Linears, name: str, *, fp8: bool = False) -> nn.Module:
     match name:
         case "column":
-            return linears.column(WIDTH, FEATURES)
+            return linears.column(WIDTH, FEATURES, fp8=fp8)
         case "gate_up":
-            return linears.column(WIDTH, 2 * FEATURES, stride=2)
+            return linears.column(WIDTH, 2 * FEATURES, stride=2, fp8=fp8)
         case "row":
-            return linears.row(WIDTH, FEATURES)
+            return linears.row(WIDTH, FEATURES, fp8=fp8)
         case _:
             return linears.embedding(PADDED, WIDTH)
 
@@ -235,3 +235,55 @@ def test_only_gradients_of_parameters_that_met_scattered_rows_are_summed() -> No
     for rank, grads in enumerate(run_ranks(2, summed_on_a_rank)):
         expected = {"met_scattered_rows": 3.0, "met_all_rows": rank + 1.0}
         assert_each(grads, {n: torch.full((3,), x) for n, x in expected.items()}, 0.0)
+
+
+def fp8_maps_on_a_rank(sp: bool) -> dict[str, tuple[float, bool]]:
+    """How far each map's results in FP8 are from the plain module's, and whether x is kept whole.
+
+    Of integers that FP8 and bfloat16 hold, whose sums they hold too: whatever is cut is exact.
+    """
+    mesh = build_mesh(tp=2, cp=1)
+    linears = MegatronLinears(mesh, sequence_parallel=sp, dtype=torch.bfloat16)
+    found = {}
+    for name in ("column", "gate_up", "row"):
+        case, plain = CASES[name], make(LocalLinears(), name).bfloat16()
+        x, upstream = integers(case.x), integers(case.upstream)
+        plain.weight.data = integers(plain.weight)
+        module = make(linears, name, fp8=True)
+        cut = cut_of(module.weight)
+        module.weight.data.copy_(cut.take(plain.weight.data, 2, mesh.tp_rank))
+        expected = run_module(plain, x, upstream)
+        here = slice_of(x, case.x_cut, mesh, sp)
+        actual = run_module(module, here, slice_of(upstream, case.out_cut, mesh, sp))
+        expected["out"] = slice_of(expected["out"], case.out_cut, mesh, sp)
+        expected["dweight"] = cut.take(expected["dweight"], 2, mesh.tp_rank)
+        expected["dx"] = slice_of(expected["dx"], case.x_cut, mesh, sp)
+        kept = rows_kept(module, here)
+        found |= {f"{name} {key}": (relative(actual[key], expected[key]), kept) for key in expected}
+    return found
+
+
+def integers(like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(like.numel())
+    return torch.randint(-2, 3, like.shape, generator=generator).bfloat16()
+
+
+def rows_kept(module: nn.Module, x: Tensor) -> bool:
+    """Whether what a map keeps of x for its backward is x as it came."""
+    kept: list[Tensor] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        module(x.requires_grad_())
+    return kept[0].shape == x.shape
+
+
+@pytest.mark.gloo
+@SEQUENCE_PARALLEL
+def test_linear_maps_in_fp8_are_the_plain_ones_and_keep_their_own_rows(sp: bool) -> None:
+    for found in run_ranks(2, fp8_maps_on_a_rank, sp):
+        assert len(found) == 9
+        assert set(found.values()) == {(0.0, True)}, found
