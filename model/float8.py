@@ -1,4 +1,4 @@
-"""Matrix products of linear maps in FP8: factors in float8, sums in float32, results in bfloat16.
+"""Matrix products of linear maps in FP8: factors in float8, results in bfloat16.
 
 Each row of the left factor and each column of the right one has a scale of its own (rowwise
 scaling; Micikevicius et al. 2022, FP8 formats for deep learning; Fishman et al. 2024 on why one
@@ -8,7 +8,9 @@ large. So it does not matter which of a row's or column's numbers a rank holds; 
 what bfloat16 rounds, and through it where some numbers are rounded to.
 
 Of a map's three products (result, gradient of its rows, gradient of its weight) each rounds its own
-two factors anew, along what it sums over. What is kept for backward is what is kept without FP8.
+two factors anew, along what it sums over. Sums are float32 on a CPU; on Hopper they are the tensor
+core's own, of fewer bits (use_fast_accum, without which its rowwise products are slow). What is
+kept for backward is what is kept without FP8.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import ScalingType
 
@@ -26,13 +29,15 @@ MULTIPLE = 16
 """What a GPU's FP8 products want features to be a multiple of."""
 
 _TYPE = torch.float8_e4m3fn  # with a scale a row gradients need no wider range (e5m2)
-_EXPONENT = 0x7F800000  # of a float32
+_MANTISSA = (1 << 23) - 1  # of a float32
+_QUARTERS = 3 << 21  # a mantissa of 1.75: float8's largest is 448 = 1.75 * 2^8
 
 
 def float8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x @ weight.T in FP8, x [rows, in], weight [out, in], both bfloat16: [rows, out].
 
-    Raises RuntimeError on a GPU where in or out is no multiple of 16, or that has no FP8.
+    Raises TypeError for other types, and on a GPU as torch does: where in or out is no
+    multiple of 16, or the GPU has no FP8.
     """
     result: Tensor = _Float8.apply(x, weight)  # type: ignore[no-untyped-call]
     return result
@@ -41,21 +46,30 @@ def float8_product(x: Tensor, weight: Tensor) -> Tensor:
 class _Float8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         return rounded_product(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grads
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = rounded_product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        of_weight = rounded_product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        of_x = None if weight is None else rounded_product(grad, weight.t())
+        of_weight = None if x is None else rounded_product(grad.t(), x.t())
         return of_x, of_weight
 
 
 def rounded_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b.T [m, n] of a [m, k] and b [n, k], each row of both rounded by its own scale."""
-    (a8, of_a), (b8, of_b) = rounded(a), rounded(b)
+    """Return a @ b.T [m, n] of a [m, k] and b [n, k], each row of both rounded by its own scale.
+
+    Both bfloat16; without gradient. Raises TypeError for other types.
+    """
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
+        raise TypeError(f"FP8 products are of bfloat16, not of {a.dtype} and {b.dtype}")
+    if a.shape[1] == 0:
+        return a.new_zeros(a.shape[0], b.shape[0])
+    # Detached: the compiler makes a kernel for each shape of a parameter, for others one for all.
+    (a8, of_a), (b8, of_b) = rounded(a.detach()), rounded(b.detach())
     return functional.scaled_mm(
         a8, b8.t(), of_a, ScalingType.RowWise, of_b.t(), ScalingType.RowWise,
         output_dtype=a.dtype, use_fast_accum=a.is_cuda,
@@ -67,14 +81,18 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x [n, k] in float8 [n, k'] and what its rows are to be multiplied by [n, 1] float32.
 
     k' is k or, zeros behind it, the next multiple of 16. Scales are the largest powers of two that
-    leave a row within 448 = 1.75 * 256, float8's largest. A row that holds inf or nan is nan.
+    leave a row within float8's range, by their bits: a GPU's log2, exp2 and division are not exact.
+    A row that holds inf or nan is nan.
     """
-    x = functional.pad(x, (0, -x.shape[1] % MULTIPLE)).float()
-    largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)  # rows of zeros stay zeros
-    # Its power of two by its bits: a GPU's log2 and exp2 are not exact.
-    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)
-    scale = torch.where(largest <= 1.75 * power, 256.0, 128.0) / power
-    return (x * scale).to(_TYPE).contiguous(), 1.0 / scale
+    if x.shape[1] % MULTIPLE:
+        x = functional.pad(x, (0, -x.shape[1] % MULTIPLE))
+    largest = torch.linalg.vector_norm(x, float("inf"), 1, keepdim=True).float()
+    bits = largest.clamp(min=1e-30).view(torch.int32)  # rows of zeros stay zeros
+    exponent, up = bits >> 23, 8 - (bits & _MANTISSA > _QUARTERS).int()
+    scale, back = ((254 + up - exponent) << 23), ((exponent - up) << 23)
+    scale = torch.where(largest.isfinite(), scale.view(torch.float32), float("nan"))
+    # No number is rounded before it is float8: powers of two are bfloat16 too.
+    return (x * scale.to(x.dtype)).to(_TYPE).contiguous(), back.view(torch.float32)
 
 
 def check_float8(device: torch.device) -> None:

@@ -22,8 +22,9 @@ class _Column(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, scattered: bool
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.scattered = group, scattered
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.shape, ctx.group, ctx.scattered = x.shape, group, scattered
         if scattered:
             x, arrived = _gather(x, group)
             arrived.wait()
@@ -33,17 +34,16 @@ class _Column(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight = ctx.needs_input_grad[:2]
         rows, arrived = x, None
-        if ctx.scattered and for_weight:
+        if ctx.scattered and x is not None:
             rows, arrived = _gather(x, ctx.group)
         of_x, sent = None, None
-        if for_x:
+        if weight is not None:
             part = rounded_product(grad, weight.t())
-            of_x, sent = _sum(part, x.shape, ctx.group, ctx.scattered)
+            of_x, sent = _sum(part, ctx.shape, ctx.group, ctx.scattered)
         if arrived is not None:
             arrived.wait()
-        of_weight = rounded_product(grad.t(), rows.t()) if for_weight else None
+        of_weight = None if rows is None else rounded_product(grad.t(), rows.t())
         if sent is not None:
             sent.wait()
         return of_x, of_weight, None, None

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from model import float8
 from model.compiled import use_compiled
 from model.config import ComputeConfig, FamMemory
 from model.float8 import Float8Linear, check_float8, float8_product, rounded
@@ -114,6 +116,46 @@ def test_only_asked_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> N
     float8_product(x, frozen).sum().backward()
     assert len(calls) == 2
     assert x.grad is not None
+
+
+def test_only_what_gradients_need_is_kept() -> None:
+    def kept(x: Tensor, weight: Tensor) -> list[torch.Size]:
+        found: list[torch.Size] = []
+
+        def pack(saved: Tensor) -> Tensor:
+            found.append(saved.shape)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            float8_product(x, weight)
+        return found
+
+    x, weight = random(4, 16), random(32, 16, seed=1)
+    assert kept(x.requires_grad_(), weight) == [weight.shape]
+    assert kept(x.detach(), weight.requires_grad_()) == [x.shape]
+
+
+def test_no_rows_are_no_gradient() -> None:
+    _, _, of_weight = products(random(0, 16), random(32, 16, seed=1), random(0, 32))
+    assert torch.equal(of_weight, torch.zeros(32, 16).bfloat16())
+
+
+def test_other_types_are_refused() -> None:
+    """Float32 would come out with four bits: it is asked for where numbers are to be exact."""
+    with pytest.raises(TypeError, match=r"of bfloat16, not of torch\.float32"):
+        float8_product(random(4, 16).float(), random(16, 16).float())
+
+
+def test_one_kernel_rounds_weights_of_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler gives up behind eight, with a warning, and a run would be slow for good."""
+    counter = CompileCounterWithBackend("aot_eager")
+    plain = rounded.__wrapped__  # type: ignore[attr-defined]
+    kernel = torch.compile(plain, dynamic=True, backend=counter)
+    monkeypatch.setattr(float8, "rounded", kernel)
+    for size in range(16, 160, 16):
+        weight = nn.Parameter(random(2 * size, size))
+        float8_product(random(21, size).requires_grad_(), weight).sum().backward()
+    assert 0 < counter.frame_count <= 6  # padded or not, of a view or not
 
 
 @pytest.fixture

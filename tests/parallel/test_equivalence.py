@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import ComputeConfig
+from model.config import ComputeConfig, LoraConfig
 from tests.parallel.cases import (
     CLIP,
     MEMORIES,
@@ -179,6 +179,7 @@ FP8 = ComputeConfig(fp8=True)
         Case(tensor="TP2", stage=2, bf16=True, compute=FP8),
         Case(tensor="TP2+SP", cp=2, bf16=True, memory="infini", compute=FP8),
         Case(tensor="TP2+SP", bf16=True, compute=ComputeConfig("selective", fp8=True)),
+        Case(tensor="TP2+SP", bf16=True, compute=FP8, bias=True, lora=LoraConfig(4)),
     ],
     ids=str,
 )

@@ -1,10 +1,15 @@
-"""What train.fp8 asks of the other fields."""
+"""What train.fp8 asks of the other fields, and a run with it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.train.runs import problems, small
+from model.float8 import Float8Linear
+from tests.train.runs import longhaul, problems, small, write
+from tests.train.tiny import Shards, tiny
+from train.checkpoints.snapshot import read_model
 from train.settings.config import validate
 
 FP8 = {"train__fp8": True, "train__precision": "bf16"}
@@ -60,3 +65,22 @@ def test_a_broken_rule_says_value_limit_and_remedy(changes: dict[str, Any], line
 )
 def test_the_limit_itself_is_valid(changes: dict[str, Any]) -> None:
     assert validate(small(**FP8 | changes)).train.fp8
+
+
+def test_a_run_in_fp8_is_read_without_it_and_goes_on_with_or_without(
+    tmp_path: Path, shards: Shards
+) -> None:
+    raw = tiny(
+        tmp_path / "run", shards, model__hidden_size=64, train__steps=4, train__warmup_steps=1,
+        train__precision="bf16", train__fp8=True, checkpoint__every=2,
+    )  # fmt: skip
+    path = write(tmp_path, raw)
+    ended = longhaul("pretrain", path)
+    assert ended.returncode == 0, ended.stderr
+    model, config = read_model(tmp_path / "run")
+    assert config.train.fp8
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(isinstance(each, Float8Linear) for each in model.modules())
+    onward = longhaul("pretrain", path, "train.steps=6", "train.fp8=false")
+    assert onward.returncode == 0, onward.stderr
+    assert "train.fp8" in onward.stderr

@@ -84,6 +84,10 @@ def small(*changes: str, world: int = WORLD) -> Config:
         "model.memory=armt",
         "model.memory=hmt train.bptt_len=4096",
         "model.memory=landmark",
+        "train.fp8=true",
+        "train.fp8=true train.checkpointing=selective parallel.tp=2",
+        "train.fp8=true train.checkpointing=block",
+        "train.fp8=true train.checkpointing=block train.ffn_chunk=512 parallel.cp=2",
     ],
 )
 def test_activations_are_within_a_tenth_of_a_dry_run(changes: str) -> None:

@@ -44,6 +44,9 @@ print(json.dumps(found))
 
 
 def read_store(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what a run's store has, behind what a busy machine left to be sent."""
+    sent = longhaul("track", "sync", run_dir)
+    assert sent.returncode == 0, sent.stderr
     uri = f"sqlite:///{run_dir}/tracking/mlflow.db"
     text = subprocess.run(
         [sys.executable, "-P", "-c", READ_STORE, uri], capture_output=True, text=True, check=True

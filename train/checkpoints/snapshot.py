@@ -202,7 +202,8 @@ def load_model(
         memory = model_config.memory
         if isinstance(memory, HmtMemory) and manifest.step < (memory.search_from or 0):
             model_config = replace(model_config, memory=replace(memory, search_from=None))
-        model = Decoder(model_config, compute=to_compute_config(config))
+        # weights are read as float32, whose products FP8 is not for
+        model = Decoder(model_config, compute=replace(to_compute_config(config), fp8=False))
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to_empty(device=device)
