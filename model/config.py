@@ -10,6 +10,9 @@ VOCAB_MULTIPLE = 64
 """The embedding is padded to a multiple of this, whatever the layout, so that every TP size that
 divides 64 holds the same weights. Padded columns take no probability."""
 
+FP8_MULTIPLE = 16
+"""What a GPU's FP8 products want features to be a multiple of."""
+
 
 @dataclass(frozen=True)
 class NoMemory:

@@ -24,9 +24,7 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from model.compiled import fused
-
-MULTIPLE = 16
-"""What a GPU's FP8 products want features to be a multiple of."""
+from model.config import FP8_MULTIPLE
 
 _TYPE = torch.float8_e4m3fn  # with a scale a row gradients need no wider range (e5m2)
 _MANTISSA = (1 << 23) - 1  # of a float32
@@ -84,8 +82,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     leave a row within float8's range, by their bits: a GPU's log2, exp2 and division are not exact.
     A row that holds inf or nan is nan.
     """
-    if x.shape[1] % MULTIPLE:
-        x = functional.pad(x, (0, -x.shape[1] % MULTIPLE))
+    if x.shape[1] % FP8_MULTIPLE:
+        x = functional.pad(x, (0, -x.shape[1] % FP8_MULTIPLE))
     largest = torch.linalg.vector_norm(x, float("inf"), 1, keepdim=True).float()
     bits = largest.clamp(min=1e-30).view(torch.int32)  # rows of zeros stay zeros
     exponent, up = bits >> 23, 8 - (bits & _MANTISSA > _QUARTERS).int()

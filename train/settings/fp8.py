@@ -2,7 +2,7 @@
 
 import math
 
-from model.float8 import MULTIPLE
+from model.config import FP8_MULTIPLE as MULTIPLE
 from train.settings.remedies import Rule, nearest_multiples
 
 
