@@ -1,5 +1,6 @@
 """Blocks of a long past: how they are kept, which are chosen, and what is read of them."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from model.memory import retrieval as module
 from model.memory.base import detach, map_tensors
 from model.memory.block_store import BlockStore, append, empty_store, forget, mapped
 from model.memory.grouped import GroupedSoftmax, grouped
-from model.memory.retrieval import Granularity, Retrieved, newest_of_best, retrieve
+from model.memory.retrieval import (
+    Granularity,
+    Retrieved,
+    _newest_of_ties,
+    newest_of_best,
+    retrieve,
+)
 from model.rope import rope_tables, rotate
 from tests.compare import relative
 
@@ -432,3 +439,20 @@ def test_float32_is_close() -> None:
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert relative(found.out, exact.out) < 5e-6
     assert relative(found.lse, exact.lse) < 5e-6
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_quick_choice_is_that_of_all_passes(seed: int) -> None:
+    """Whole numbers tie, reals do not; with what is no number, and with too few to choose among."""
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 40, (), generator=generator))
+    count = int(torch.randint(1, min(n, 8) + 1, (), generator=generator))
+    scores = torch.randn(2, 3, 5, n, generator=generator)
+    if seed % 2:
+        scores = scores.round() + 1e-7 * torch.rand(scores.shape, generator=generator)
+    for every, value in ((3, math.nan), (5, -math.inf), (7, math.inf)):
+        if seed % every == 0:
+            scores[torch.rand(scores.shape, generator=generator) < 0.1] = value
+    slack = torch.full((2, 3, 5, 1), 1e-5) if seed % 2 else 0.0
+    expected = _newest_of_ties(scores, count, slack)
+    assert torch.equal(newest_of_best(scores, count, slack), expected)
