@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,19 +44,11 @@ class _Marking(LocalLinears):
         self.cut: set[int] = set()
         self.kept: list[nn.Parameter] = []  # alive, so that no id is given twice
 
-    def column(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        stride: int = 1,
-        bias: bool = False,
-        fp8: bool = False,
-    ) -> nn.Module:
-        return self._mark(nn.Linear(in_features, out_features, bias=bias))
+    def column(self, in_features: int, out_features: int, **how: Any) -> nn.Module:
+        return self._mark(super().column(in_features, out_features, **how))
 
-    def row(self, in_features: int, out_features: int, *, fp8: bool = False) -> nn.Module:
-        return self._mark(nn.Linear(in_features, out_features, bias=False))
+    def row(self, in_features: int, out_features: int, **how: Any) -> nn.Module:
+        return self._mark(super().row(in_features, out_features, **how))
 
     def embedding(self, num_embeddings: int, features: int) -> nn.Module:
         return self._mark(super().embedding(num_embeddings, features))
