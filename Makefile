@@ -21,6 +21,7 @@ QUICKSTART_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CPP_FILES := $(wildcard model/*.cpp)
 SHELL_FILES := $(wildcard slurm/*.sh) .ci/run
 
 .PHONY: help setup quickstart test test-slow test-slurm drill bench lint types format constraints clean
@@ -67,6 +68,7 @@ bench: $(READY)  ## every benchmark beside its peers, three hours: runs/benchmar
 lint: $(READY)  ## style, formatting, import contracts, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x $(SHELL_FILES)
 
@@ -76,6 +78,7 @@ types: $(READY)  ## mypy --strict
 format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 constraints: $(READY)  ## write constraints.txt from what .venv holds
 	{ sed -n '/^#/p' constraints.txt; \

@@ -1,8 +1,9 @@
 """Attention over the ranks of a ring beside one process: wall time of forward and backward.
 
-    python -m benchmarks.ring [--cp 2] [--tokens 8192] [--precision fp32] [--rounds 5]
+    python -m benchmarks.ring [--cp 2] [--tokens 8192] [--precision fp32] [--rounds 5] [--compile]
 
-8 query heads, 4 key heads of 64, one thread a process. `one process` is the same kernel over the
+8 query heads, 4 key heads of 64, one thread a process; aten's kernel, or with --compile that of
+`train.compile`. `one process` is the same kernel over the
 whole sequence while the other processes wait. `ring-flash-attention` is that project's zigzag
 algorithm over the same kernel (ring_peer.py). An ideal ring takes 1 / cp of the time of one
 process; what so many busy cores leave of that is the row without messages. On fewer cores than
@@ -27,6 +28,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.ring_peer import PeerRing
 from model.attention import Alone, Exchange, Layout, Whole
+from model.compiled import use_compiled
 from model.local import FoldedSequence
 from parallel.heap import settle_heap
 from parallel.ring import Hop, Ring, choose_exchange
@@ -90,6 +92,7 @@ def join(rank: int, size: int, folder: str) -> None:
 def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
     """Run on each process: time every algorithm in alternation; rank 0 prints."""
     join(rank, options.cp, folder)
+    use_compiled(options.compile)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
     whole = [
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="as train.compile: true")
     start(measure, parser.parse_args())
 
 

@@ -1,7 +1,8 @@
 """Elementwise chains as one kernel each: torch.compile where asked for, plain torch elsewhere.
 
 Matrix products and attention have kernels of their own; what lies between them (norms, rotations,
-gates, the loss) is bound by memory, and a chain of operations reads and writes it once each.
+gates, the loss) is bound by memory, and a chain of operations reads and writes it once each. Where
+the switch is on, a CPU's attention is compiled as well (cpu_flash.py).
 
 One switch for the process, as torch's own backends have them. Results differ by rounding.
 """
@@ -28,13 +29,23 @@ def use_compiled(on: bool) -> None:
     Raises ValueError where that needs a C++ compiler (on a CPU) and there is none.
     """
     global _on
-    compiler = os.environ.get("CXX", "g++")
+    compiler = compiler_name()
     if on and not torch.cuda.is_available() and shutil.which(compiler) is None:
         raise ValueError(
             f"train.compile needs a C++ compiler, and there is no {compiler}; install one, name it"
             " in CXX, or leave train.compile out"
         )
     _on = on
+
+
+def is_compiled() -> bool:
+    """Return whether the switch is on."""
+    return _on
+
+
+def compiler_name() -> str:
+    """Return the C++ compiler, as torch's compiler finds it."""
+    return os.environ.get("CXX", "g++")
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:

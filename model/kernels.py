@@ -16,6 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model import cpu_flash
+from model.compiled import is_compiled
+
 
 class Kernel(Protocol):
     """Attention over one block of keys, forward and backward."""
@@ -172,9 +175,10 @@ def _reduce(dx: Tensor, x: Tensor) -> Tensor:
 
 
 def choose_kernel(q: Tensor) -> Kernel:
-    """Return the fastest kernel that takes q's device and type."""
+    """Return the fastest kernel that takes q's device, type and number of rows."""
     if q.device.type == "cpu":
-        return CpuFlash()
+        compiled = is_compiled() and cpu_flash.takes(q)
+        return cpu_flash.CompiledFlash() if compiled else CpuFlash()
     if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return CudaFlash()
     return Blockwise()

@@ -13,6 +13,7 @@ from model.local import FoldedSequence
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout
 from tests.compare import assert_each
+from tests.model.compiled_attention import needs_kernel, use_compiled_attention
 from tests.model.dense import dense_fold, dense_fold_slots
 from tests.ranks import run_ranks
 
@@ -23,6 +24,15 @@ LAYOUTS = pytest.mark.parametrize(
     list(product([2, 4], ["ring", "all_gather"], ["zigzag", "contiguous"])),
 )
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+KINDS = pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [
+        (torch.float64, False),
+        (torch.float32, False),
+        pytest.param(torch.float32, True, marks=needs_kernel),
+    ],
+)
+"""`compiled`: the CPU's attention kernel of our own."""
 SEGMENT_LEN = 16
 
 
@@ -102,10 +112,17 @@ def assemble(parts: list[tuple[Tensor, dict[str, Tensor]]], dim: int) -> dict[st
 
 
 @LAYOUTS
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@KINDS
 def test_token_attention_is_one_processs(
-    size: int, exchange: str, layout: str, dtype: torch.dtype
+    size: int,
+    exchange: str,
+    layout: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if compiled:
+        use_compiled_attention(monkeypatch)
     ranks = run_ranks(size, fold_everything, exchange, layout, dtype)
     for i, (carried, slots) in enumerate(CASES):
         inputs = fold_inputs(carried, slots)
@@ -149,10 +166,17 @@ def fold_slots_everything(exchange: str, layout_name: str, dtype: torch.dtype) -
 
 
 @LAYOUTS
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@KINDS
 def test_slot_attention_is_one_processs(
-    size: int, exchange: str, layout: str, dtype: torch.dtype
+    size: int,
+    exchange: str,
+    layout: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if compiled:
+        use_compiled_attention(monkeypatch)
     ranks = run_ranks(size, fold_slots_everything, exchange, layout, dtype)
     outs = [result.pop("out") for _, result in ranks]
     assert all(torch.equal(out, outs[0]) for out in outs)  # replicated: the same bits

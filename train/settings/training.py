@@ -125,8 +125,9 @@ class TrainSection(Section):
     compile: bool = Field(
         default=False,
         description="Fuse norms, rotations, gates and the loss into kernels of their own"
-        " (torch.compile; on a CPU it needs a C++ compiler). The first step takes up to a minute"
-        " longer, once for each machine; results differ by rounding.",
+        " (torch.compile), and compile a CPU's attention; on a CPU it needs a C++ compiler. The"
+        " first step takes up to a minute longer, once for each machine; results differ by"
+        " rounding.",
     )
     max_nonfinite: Index = Field(
         default=3,
