@@ -10,12 +10,13 @@ One switch for the process, as torch's own backends have them. Results differ by
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+
+from model import cpu_flash
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,26 +27,24 @@ _on = False
 def use_compiled(on: bool) -> None:
     """Compile what is `fused` from now on, or do not.
 
-    Raises ValueError where that needs a C++ compiler (on a CPU) and there is none.
+    Raises ValueError where that needs a C++ compiler (on a CPU) and there is none that works.
     """
     global _on
-    compiler = compiler_name()
-    if on and not torch.cuda.is_available() and shutil.which(compiler) is None:
-        raise ValueError(
-            f"train.compile needs a C++ compiler, and there is no {compiler}; install one, name it"
-            " in CXX, or leave train.compile out"
-        )
+    if on and not torch.cuda.is_available():
+        compiler = cpu_flash.compiler_name()
+        if shutil.which(compiler) is None:
+            raise ValueError(
+                f"train.compile needs a C++ compiler, and there is no {compiler}; install one, name"
+                " it in CXX, or leave train.compile out"
+            )
+        for dtype in (torch.float32, torch.bfloat16):
+            cpu_flash.takes(dtype)  # built now, or refused, before ranks wait for one another
     _on = on
 
 
 def is_compiled() -> bool:
     """Return whether the switch is on."""
     return _on
-
-
-def compiler_name() -> str:
-    """Return the C++ compiler, as torch's compiler finds it."""
-    return os.environ.get("CXX", "g++")
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:

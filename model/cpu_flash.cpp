@@ -19,7 +19,7 @@
 #include <cstring>
 #include <exception>
 #include <limits>
-#include <memory>
+#include <new>
 #include <string>
 #include <type_traits>
 
@@ -72,6 +72,15 @@ Index even(Index size) { return (size + 1) / 2 * 2; }
 template <class T>
 constexpr bool kPaired = std::is_same_v<T, BFloat16>;
 
+// A thread's use of the units, given back when it ends (of AMX, its tiles).
+template <class T>
+struct Units {
+  Units() = default;
+  ~Units() { at::native::cpublas::brgemm_release(kPaired<T>); }
+  Units(const Units&) = delete;
+  Units& operator=(const Units&) = delete;
+};
+
 // c [m, n] = (add ? c : 0) + a [m, k] b [k, n]; behind an odd k, a has a column of zeros.
 template <class T>
 void multiply(Index m, Index n, Index k, const T* a, Index lda, const T* b, Index ldb, float* c,
@@ -111,8 +120,8 @@ void pack_along(const T* x, Index stride, Index rows, Index width, T* to) {
   }
 }
 
-// e^x to 2e-7 (Cephes' polynomial), in operations that a compiler makes vectors of: 0 below -88,
-// infinite above 88.7, and NaN of NaN.
+// e^x to 1e-7 (Cephes' polynomial), in operations that a compiler makes vectors of: 0 below -87.7,
+// infinite above 88.3, and NaN of NaN.
 inline float exponential(float x) {
   const float y = std::min(std::max(x, -88.f), 89.f);
   const float n = std::nearbyint(y * 1.44269504f);
@@ -150,38 +159,38 @@ class Forward {
  public:
   Forward(View q, View k, View v, View out, float* lse, Sizes z)
       : q_(q), k_(k), v_(v), out_(out), lse_(lse), z_(z),
-        keys_(z.batch * z.key_heads * blocks(z.keys, kForwardKeys) * block()),
-        values_(z.batch * z.key_heads * blocks(z.keys, kForwardKeys) * block()) {}
+        wide_(std::min(kForwardKeys, even(z.keys))), key_blocks_(blocks(z.keys, wide_)),
+        keys_(z.batch * z.key_heads * key_blocks_ * block()),
+        values_(z.batch * z.key_heads * key_blocks_ * block()) {}
 
   void run() {
-    const Index key_blocks = blocks(z_.keys, kForwardKeys);
-    at::parallel_for(0, z_.batch * z_.key_heads * key_blocks, 1, [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) pack(i / key_blocks, i % key_blocks, i);
+    at::parallel_for(0, z_.batch * z_.key_heads * key_blocks_, 1, [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) pack(i / key_blocks_, i % key_blocks_, i);
     });
     const Index query_blocks = blocks(z_.queries, kForwardQueries);
     at::parallel_for(0, z_.batch * z_.heads * query_blocks, 1, [&](Index begin, Index end) {
-      Scratch s(z_.width);
+      const Units<T> units;
+      Scratch s(wide_, z_.width);
       for (Index i = begin; i < end; ++i) attend(i / query_blocks, i % query_blocks, s);
-      at::native::cpublas::brgemm_release(kPaired<T>);
     });
   }
 
  private:
   struct Scratch {
-    explicit Scratch(Index width)
-        : scores(kForwardQueries * kForwardKeys), weights(kForwardQueries * kForwardKeys),
+    Scratch(Index wide, Index width)
+        : scores(kForwardQueries * wide), weights(kForwardQueries * wide),
           sums(kForwardQueries * width), top(kForwardQueries), total(kForwardQueries) {}
     Buffer<float> scores;
     Buffer<T> weights;
     Buffer<float> sums, top, total;
   };
 
-  Index block() const { return kForwardKeys * z_.width; }
+  Index block() const { return wide_ * z_.width; }
 
   void pack(Index head, Index number, Index to) {
-    const Index b = head / z_.key_heads, h = head % z_.key_heads, first = number * kForwardKeys;
-    const Index n = std::min(kForwardKeys, z_.keys - first);
-    pack_across(k_.at<T>(b, h, first), k_.row, n, z_.width, keys_ + to * block(), kForwardKeys);
+    const Index b = head / z_.key_heads, h = head % z_.key_heads, first = number * wide_;
+    const Index n = std::min(wide_, z_.keys - first);
+    pack_across(k_.at<T>(b, h, first), k_.row, n, z_.width, keys_ + to * block(), wide_);
     pack_along(v_.at<T>(b, h, first), v_.row, n, z_.width, values_ + to * block());
   }
 
@@ -193,19 +202,18 @@ class Forward {
     const Index key_head = b * z_.key_heads + h / z_.group();
     std::fill_n(s.top.data, m, -std::numeric_limits<float>::infinity());
     std::fill_n(s.total.data, m, 0.f);
-    for (Index start = 0; start < read; start += kForwardKeys) {
-      const Index n = std::min(kForwardKeys, read - start);
-      const Index at = (key_head * blocks(z_.keys, kForwardKeys) + start / kForwardKeys) * block();
-      multiply<T>(m, n, width, q_.at<T>(b, h, first), q_.row, keys_ + at, kForwardKeys, s.scores,
-                  kForwardKeys, false);
+    for (Index start = 0; start < read; start += wide_) {
+      const Index n = std::min(wide_, read - start);
+      const Index at = (key_head * key_blocks_ + start / wide_) * block();
+      multiply<T>(m, n, width, q_.at<T>(b, h, first), q_.row, keys_ + at, wide_, s.scores, wide_,
+                  false);
       for (Index r = 0; r < m; ++r) {
         const Index seen = z_.causal ? std::clamp<Index>(first + r + 1 - start, 0, n) : n;
         const float keep = weigh(r, seen, n, s);
         float* sum = s.sums + r * width;
         for (Index w = 0; start > 0 && w < width; ++w) sum[w] *= keep;
       }
-      multiply<T>(m, width, n, s.weights, kForwardKeys, values_ + at, width, s.sums, width,
-                  start > 0);
+      multiply<T>(m, width, n, s.weights, wide_, values_ + at, width, s.sums, width, start > 0);
     }
     for (Index r = 0; r < m; ++r) {
       T* row = out_.at<T>(b, h, first + r);
@@ -217,8 +225,8 @@ class Forward {
 
   // Make weights of a row's first `seen` scores, zeros to n; return what its sums so far shrink by.
   float weigh(Index r, Index seen, Index n, const Scratch& s) const {
-    const float* row = s.scores + r * kForwardKeys;
-    auto* weight = reinterpret_cast<Stored<T>*>(s.weights + r * kForwardKeys);
+    const float* row = s.scores + r * wide_;
+    auto* weight = reinterpret_cast<Stored<T>*>(s.weights + r * wide_);
     const float scale = z_.scale();
     float high = -std::numeric_limits<float>::infinity(), sum = 0.f;
 #pragma omp simd reduction(max : high)
@@ -240,6 +248,7 @@ class Forward {
   const View q_, k_, v_, out_;
   float* const lse_;
   const Sizes z_;
+  const Index wide_, key_blocks_;  // keys in a block, and blocks
   Buffer<T> keys_, values_;
 };
 
@@ -383,9 +392,9 @@ template <class T>
 void backward(View dout, View q, View k, View v, View out, const float* lse, Gradients to,
               Sizes z) {
   at::parallel_for(0, z.batch * z.key_heads, 1, [&](Index begin, Index end) {
+    const Units<T> units;
     Backward<T> work(dout, q, k, v, out, lse, to, z);
     for (Index i = begin; i < end; ++i) work.run(i / z.key_heads, i % z.key_heads);
-    at::native::cpublas::brgemm_release(kPaired<T>);
   });
 }
 
@@ -399,6 +408,8 @@ const char* attempt(F run) {
   } catch (const std::exception& error) {
     message = error.what();
     return message.c_str();
+  } catch (...) {
+    return "an error that is no std::exception";
   }
 }
 

@@ -66,6 +66,29 @@ class CpuFlash:
         return grads[0], grads[1], grads[2]
 
 
+class CpuCompiled(CpuFlash):
+    """Our own CPU kernel (cpu_flash.py) where it is faster; bfloat16 and float32."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Return (out, lse)."""
+        attend = cpu_flash.forward if cpu_flash.gains(q) else super().forward
+        return attend(q, k, v, causal)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv."""
+        differentiate = cpu_flash.backward if cpu_flash.gains(q) else super().backward
+        return differentiate(dout, q, k, v, out, lse, causal)
+
+
 class CudaFlash:
     """aten's FlashAttention-2 on CUDA: fp16 and bf16, head_dim a multiple of 8 up to 256."""
 
@@ -175,10 +198,9 @@ def _reduce(dx: Tensor, x: Tensor) -> Tensor:
 
 
 def choose_kernel(q: Tensor) -> Kernel:
-    """Return the fastest kernel that takes q's device, type and number of rows."""
+    """Return the fastest kernel that takes q's device and type."""
     if q.device.type == "cpu":
-        compiled = is_compiled() and cpu_flash.takes(q)
-        return cpu_flash.CompiledFlash() if compiled else CpuFlash()
+        return CpuCompiled() if is_compiled() and cpu_flash.takes(q.dtype) else CpuFlash()
     if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return CudaFlash()
     return Blockwise()

@@ -5,19 +5,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model import cpu_flash
+from model.attention import Alone, Whole
 from model.compiled import use_compiled
-from model.cpu_flash import CompiledFlash
-from model.kernels import Blockwise, CpuFlash, choose_kernel
-from tests.compare import relative
+from model.decoder import Decoder
+from model.fold import fold, fold_slots
+from model.kernels import Blockwise, CpuCompiled, CpuFlash, choose_kernel
+from tests.compare import assert_each, relative
 from tests.model.compiled_attention import needs_kernel, use_compiled_attention
+from tests.model.memories import MEMORIES
+from tests.model.small import Batch, batch_of, build, config_of, gradients
 
 pytestmark = needs_kernel
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
@@ -44,7 +49,7 @@ def both_ways(kernel: object, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cau
 
 
 def assert_twins(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> None:
-    found = both_ways(CompiledFlash(), q, k, v, dout, causal)
+    found = both_ways(cpu_flash, q, k, v, dout, causal)
     exact = both_ways(Blockwise(), *(x.double() for x in (q, k, v, dout)), causal)
     errors = {name: relative(found[name], exact[name]) for name in NAMES}
     assert max(errors.values()) < TOLERANCES[q.dtype], errors
@@ -72,9 +77,7 @@ def test_heads_and_their_width(heads: tuple[int, int], width: int, dtype: torch.
 def test_inputs_are_read_as_they_lie(dtype: torch.dtype) -> None:
     """As a projection leaves them, sliced along the sequence, expanded, and with strided rows."""
     q, k, v, dout = inputs(80, 80, (4, 2), 16, dtype)
-    expected = both_ways(
-        CompiledFlash(), q, k, v[:1].expand(2, -1, -1, -1).contiguous(), dout, True
-    )
+    expected = both_ways(cpu_flash, q, k, v[:1].expand(2, -1, -1, -1).contiguous(), dout, True)
     lie = [
         torch.stack((q, q), 2).transpose(1, 3).contiguous().transpose(1, 3)[:, :, 0],
         torch.cat((k, k), 2)[:, :, :80],
@@ -82,14 +85,14 @@ def test_inputs_are_read_as_they_lie(dtype: torch.dtype) -> None:
         dout.transpose(2, 3).contiguous().transpose(2, 3),
     ]
     assert [x.is_contiguous() for x in lie] == [False] * 4
-    found = both_ways(CompiledFlash(), *lie, True)
+    found = both_ways(cpu_flash, *lie, True)
     assert all(torch.equal(found[name], expected[name]) for name in NAMES)
 
 
 @DTYPES
 def test_rows_whose_lse_is_inf_did_not_read(dtype: torch.dtype) -> None:
     q, k, v, dout = inputs(100, 100, (4, 2), 16, dtype)
-    kernel, rest = CompiledFlash(), slice(37, None)
+    kernel, rest = cpu_flash, slice(37, None)
     out, lse = kernel.forward(q, k, v, False)
     hidden = lse.clone()
     hidden[:, :, :37] = float("inf")
@@ -108,11 +111,9 @@ def test_what_is_hidden_changes_no_bit(dtype: torch.dtype) -> None:
     for factor in (1, 300):
         k[:, :, 150:] *= factor
         v[:, :, 150:] *= factor
-        out, lse = CompiledFlash().forward(q, k, v, True)
+        out, lse = cpu_flash.forward(q, k, v, True)
         seen = [x[:, :, :150] for x in (out, lse)]
-        found.append(
-            [*seen, CompiledFlash().backward(dout, q, k, v, out, lse, True)[0][:, :, :150]]
-        )
+        found.append([*seen, cpu_flash.backward(dout, q, k, v, out, lse, True)[0][:, :, :150]])
     assert all(torch.equal(own, other) for own, other in zip(*found, strict=True))
 
 
@@ -122,7 +123,7 @@ def test_what_is_hidden_changes_no_bit(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_is_seen(name: str, value: float, dtype: torch.dtype) -> None:
     tensors = dict(zip(("q", "k", "v", "dout"), inputs(70, 600, (4, 2), 16, dtype), strict=True))
     tensors[name][0, 0, 3, 5] = value
-    found = both_ways(CompiledFlash(), *tensors.values(), False)
+    found = both_ways(cpu_flash, *tensors.values(), False)
     aten = both_ways(CpuFlash(), *tensors.values(), False)
     for result in ("out", "dq"):
         assert not found[result][0].isfinite().all()
@@ -135,7 +136,7 @@ def test_large_scores_are_no_further_off_than_atens(dtype: torch.dtype) -> None:
     """Of up to 50,000, where float32's own rounding shows in the weights."""
     q, k, v, dout = inputs(70, 600, (4, 2), 16, dtype)
     q, k = q * 64, k * 64
-    found, aten = (both_ways(x, q, k, v, dout, False) for x in (CompiledFlash(), CpuFlash()))
+    found, aten = (both_ways(x, q, k, v, dout, False) for x in (cpu_flash, CpuFlash()))
     exact = both_ways(Blockwise(), *(x.double() for x in (q, k, v, dout)), False)
     for name in NAMES:
         assert relative(found[name], exact[name]) <= 2 * relative(aten[name], exact[name]), name
@@ -146,10 +147,12 @@ def test_more_threads_change_no_bit(dtype: torch.dtype) -> None:
     arguments = (*inputs(200, 200, (4, 2), 16, dtype), True)
     found = []
     before = torch.get_num_threads()
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        found.append(both_ways(CompiledFlash(), *arguments))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(both_ways(cpu_flash, *arguments))
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES)
 
 
@@ -160,71 +163,190 @@ def switched_on() -> Iterator[None]:
     use_compiled(False)
 
 
+class Spy:
+    """Counts the calls of the kernel."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(cpu_flash, name, self.counting(getattr(cpu_flash, name)))
+
+    def counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.calls += 1
+            return function(*args)
+
+        return run
+
+
 @pytest.mark.usefixtures("switched_on")
 @pytest.mark.parametrize(
-    ("rows", "width", "dtype", "expected"),
+    ("rows", "width", "dtype", "taken"),
     [
-        (128, 16, torch.float32, CompiledFlash),
-        (32, 16, torch.bfloat16, CompiledFlash),
-        (31, 16, torch.bfloat16, CpuFlash),
-        (127, 16, torch.float32, CpuFlash),
-        (128, 15, torch.bfloat16, CpuFlash),
-        (128, 16, torch.float64, CpuFlash),
-        (128, 16, torch.float16, CpuFlash),
+        (128, 16, torch.float32, True),
+        (127, 16, torch.float32, False),
+        (32, 16, torch.bfloat16, not cpu_flash._capabilities().get("amx_bf16")),
+        (31, 16, torch.bfloat16, False),
+        (128, 15, torch.float32, False),
+        (128, 16, torch.float64, False),
+        (128, 16, torch.float16, False),
     ],
 )
 def test_it_is_taken_where_it_pays(
-    rows: int, width: int, dtype: torch.dtype, expected: type
+    rows: int, width: int, dtype: torch.dtype, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(choose_kernel(torch.zeros(1, 1, rows, width, dtype=dtype)), expected)
+    spy = Spy(monkeypatch)
+    q, k, v, dout = inputs(rows, 20, (3, 1), width, dtype)
+    out, lse = choose_kernel(q).forward(q, k, v, False)
+    choose_kernel(q).backward(dout, q, k, v, out, lse, False)
+    assert spy.calls == 2 * taken
 
 
 @pytest.mark.usefixtures("switched_on")
-def test_a_cpu_without_its_units_keeps_atens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_flash, "_has", lambda capability: capability == "avx512_f")
-    assert isinstance(choose_kernel(torch.zeros(1, 1, 128, 16).bfloat16()), CpuFlash)
-    assert isinstance(choose_kernel(torch.zeros(1, 1, 128, 16)), CompiledFlash)
+@pytest.mark.parametrize("heads", [1, 3, 128])
+def test_a_fold_takes_it_by_its_rows_whatever_its_heads(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    for rows, calls in ((128, 2), (64, 0)):
+        q, k, v = (torch.randn(1, 1, rows, heads, 4, requires_grad=True) for _ in "qkv")
+        common: Any = {"layout": Whole(), "exchange": Alone(), "pieces": []}
+        fold(q, k, v, visible=torch.zeros(1, 1, 0, dtype=torch.bool), **common).sum().backward()
+        assert spy.calls == calls
+        spy.calls = 0
+        fold_slots(q[:, 0], k[:, 0], v[:, 0], **common).sum().backward()
+        assert spy.calls == calls
+        spy.calls = 0
 
 
-def test_a_helper_lets_it_take_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the tests over ranks that use it would test aten's."""
+@pytest.mark.usefixtures("switched_on")
+def test_off_it_is_atens() -> None:
+    q = torch.zeros(1, 1, 128, 16)
+    assert isinstance(choose_kernel(q), CpuCompiled)
+    use_compiled(False)
+    assert type(choose_kernel(q)) is CpuFlash
+
+
+@pytest.mark.parametrize(
+    ("has", "taken"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True}, (True, True)),
+        ({"avx512_f": True}, (True, False)),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, (True, False)),
+        ({"avx2": True}, (False, False)),
+        ({}, (False, False)),
+    ],
+)
+def test_a_cpu_without_its_units_keeps_atens(
+    has: dict[str, bool], taken: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_flash.library()  # built for what this CPU has
+    monkeypatch.setattr(cpu_flash, "_capabilities", lambda: has)
+    found = tuple(cpu_flash.takes.__wrapped__(x) for x in (torch.float32, torch.bfloat16))
+    assert found == taken
+
+
+def test_a_library_told_to_use_less_keeps_atens() -> None:
+    """In a process of its own: oneDNN reads it once."""
+    script = (
+        "import torch; from model import cpu_flash;"
+        " print(cpu_flash.takes(torch.float32), cpu_flash.takes(torch.bfloat16))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_other_tensors_than_its_own_are_refused() -> None:
+    q, k, v, dout = inputs(8, 8, (4, 2), 16, torch.float32)
+    for bad in (
+        (q, k.bfloat16(), v.bfloat16()),
+        (q, k, v[:, :, :4]),
+        (q, k, v[..., :8]),
+        (q[..., :15], k[..., :15], v[..., :15]),
+        (q[:1], k, v),
+        (q[:, :3], k, v),
+    ):
+        with pytest.raises(AssertionError):
+            cpu_flash.forward(*bad, False)
+    with pytest.raises(AssertionError):
+        cpu_flash.backward(dout, q, k, v, q, torch.zeros(2, 4, 8).double(), False)
+
+
+def test_a_helper_makes_all_of_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the tests over memories and ranks that use it would test aten's."""
     use_compiled_attention(monkeypatch)
-    assert isinstance(choose_kernel(torch.zeros(1, 1, 1, 8)), CompiledFlash)
+    spy = Spy(monkeypatch)
+    q = torch.ones(1, 1, 1, 8)
+    choose_kernel(q).forward(q, q, q, False)
+    assert spy.calls == 1
+
+
+@pytest.mark.parametrize("name", [n for n in MEMORIES if not n.startswith("landmark")])
+def test_every_memory_learns_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(config_of(MEMORIES[name]), torch.float32)
+    batch = batch_of(2, 3, 16)
+    loss, expected = trained(model, batch)
+    use_compiled_attention(monkeypatch)
+    spy = Spy(monkeypatch)
+    own_loss, found = trained(model, batch)
+    assert spy.calls
+    assert relative(own_loss, loss) < 1e-6
+    assert_each(found, expected, 2e-5)
+
+
+def trained(model: Decoder, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    output = model(batch.tokens, batch.starts, labels=batch.labels, scale=batch.scale)
+    output.loss.backward()
+    return output.loss.detach(), gradients(model)
 
 
 def build_anew(monkeypatch: pytest.MonkeyPatch, folder: Path) -> object:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
-    return cpu_flash._library.__wrapped__()
+    return cpu_flash.library.__wrapped__()
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(RuntimeError, match=r"(?s)no room left.*leave train\.compile out"):
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", "echo no room left >&2\nexit 1\n"))
+    with pytest.raises(ValueError, match=r"(?s)no room left.*leave train\.compile out"):
         build_anew(monkeypatch, tmp_path)
     monkeypatch.delenv("CXX")
     assert build_anew(monkeypatch, tmp_path)
 
 
-def test_a_killed_build_keeps_nobody_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first build writes half a library and hangs; killed, it leaves the lock to the next."""
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"/proc/none/longhaul.*TORCH_EXTENSIONS_DIR"):
+        build_anew(monkeypatch, Path("/proc/none"))
+
+
+def test_a_killed_build_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first build writes half a library and hangs; its compiler outlives it."""
     compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\nexec sleep 60\n')
-    compiler.chmod(0o755)
-    environment = os.environ | {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", "from model import cpu_flash; cpu_flash._library()"]
+    hang = 'for last; do :; done\necho half > "$last"\nexec sleep 60\n'
+    environment = os.environ | {
+        "CXX": script(compiler, hang), "TORCH_EXTENSIONS_DIR": str(tmp_path)
+    }  # fmt: skip
+    command = [sys.executable, "-c", "from model import cpu_flash; cpu_flash.library()"]
     with subprocess.Popen(command, env=environment, start_new_session=True) as first:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("longhaul/*.unfinished")):
-            assert time.monotonic() < deadline and first.poll() is None
-            time.sleep(0.05)
-        os.killpg(first.pid, signal.SIGKILL)
-    assert not list(tmp_path.glob("longhaul/*.so"))
-    compiler.write_text('#!/bin/sh\nexec g++ "$@"\n')  # the same command: the same lock and file
-    monkeypatch.setenv("CXX", str(compiler))
-    assert build_anew(monkeypatch, tmp_path)
+        try:
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.glob("longhaul/*/*.so")):
+                assert time.monotonic() < deadline and first.poll() is None
+                time.sleep(0.05)
+            os.kill(first.pid, signal.SIGKILL)
+            first.wait()
+            monkeypatch.setenv("CXX", script(compiler, 'exec g++ "$@"\n'))  # by the same name
+            assert build_anew(monkeypatch, tmp_path)
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
     assert len(list(tmp_path.glob("longhaul/*.so"))) == 1
