@@ -1,13 +1,16 @@
 """Ways of tests to the compiled attention kernel."""
 
+import shutil
+
 import pytest
 import torch
 
 from model import cpu_flash, kernels
 
 needs_kernel = pytest.mark.skipif(
-    not cpu_flash._capabilities().get("avx512_bf16"),
-    reason="the kernel is for CPUs that multiply bfloat16 by AVX-512",
+    not cpu_flash._capabilities().get("avx512_bf16")
+    or shutil.which(cpu_flash.compiler_name()) is None,
+    reason="the kernel is for CPUs that multiply bfloat16 by AVX-512, and needs a C++ compiler",
 )
 
 
