@@ -217,3 +217,15 @@ def test_all_shards_lost_is_an_error_even_when_skipping(folder: Path) -> None:
         path.unlink()
     with pytest.raises(ValueError, match=r"holds no readable document \(6 listed\)"):
         Corpus.open(folder, on_damage="skip")
+
+
+def test_what_was_verified_is_what_is_read(folder: Path) -> None:
+    """The bytes whose crc32 was right: not read a second time, between which they may change."""
+    expected = Corpus.open(folder).read(2, 0, 25).tolist()
+    corpus = Corpus.open(folder)
+    assert corpus.intact(2)
+    flip_bit(folder, 1, 0)
+    assert corpus.read(2, 0, 25).tolist() == expected
+    assert corpus.read(2, 1, 20).tolist() == expected[1:20]
+    assert corpus.read(3, 0, 40).tolist() == Corpus.open(folder).read(3, 0, 40).tolist()
+    assert corpus.read(2, 0, 25).tolist() != expected  # another document was held meanwhile
