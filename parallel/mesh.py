@@ -57,8 +57,8 @@ def start_processes(
 ) -> None:
     """Join the processes torchrun started (or stand alone).
 
-    NCCL where each process of this machine has a GPU of its own, else gloo and the CPU, whose heap
-    is then settled; tight_heap: see settle_heap.
+    NCCL where each process of this machine has a GPU of its own, else gloo and the CPU. The heap is
+    settled (samples are made on the host beside a GPU, too); tight_heap: see settle_heap.
     """
     if dist.is_initialized():
         return
@@ -66,8 +66,7 @@ def start_processes(
     backend = "nccl" if torch.cuda.device_count() >= local_ranks else "gloo"
     if backend == "nccl":  # before the first message, or all ranks of a node would use one GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        settle_heap(tight=tight_heap)
+    settle_heap(tight=tight_heap)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
