@@ -6,9 +6,9 @@
 Loss: rows of width 512, bfloat16, compiled, in chunks of rows (0: all at once), beside the eager
 cross entropy of logits in float32; MiB are a process's own peak above the inputs, gradients
 included. Attention: 8 query and 4 key heads of 64, causal, `model.fold` beside
-scaled_dot_product_attention, which runs the same kernel, on views of tensors as a projection leaves
-them (the fold's own inputs) and on tensors that lie as the kernel wants them. One thread, CPU
-seconds, medians of alternating rounds.
+scaled_dot_product_attention, which runs aten's kernel (the fold that of train.compile), on views of
+tensors as a projection leaves them (the fold's own inputs) and on tensors that lie as the kernel
+wants them. One thread, CPU seconds, medians of alternating rounds.
 """
 
 from __future__ import annotations

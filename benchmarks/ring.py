@@ -3,10 +3,10 @@
     python -m benchmarks.ring [--cp 2] [--tokens 8192] [--precision fp32] [--rounds 5] [--compile]
 
 8 query heads, 4 key heads of 64, one thread a process; aten's kernel, or with --compile that of
-`train.compile`. `one process` is the same kernel over the
-whole sequence while the other processes wait. `ring-flash-attention` is that project's zigzag
-algorithm over the same kernel (ring_peer.py). An ideal ring takes 1 / cp of the time of one
-process; what so many busy cores leave of that is the row without messages. On fewer cores than
+`train.compile`. `one process` is the same kernel over the whole sequence while the other processes
+wait. `ring-flash-attention` is that project's zigzag algorithm over the same kernel (ring_peer.py).
+An ideal ring takes 1 / cp of the time of one process; what so many busy cores leave of that is the
+row without messages. On fewer cores than
 processes nothing is faster than the number of cores. Run it on an idle machine: other work slows
 several processes more than one. The heap is settled as in a run (parallel/heap.py).
 """

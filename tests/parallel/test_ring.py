@@ -24,16 +24,16 @@ LAYOUTS = pytest.mark.parametrize(
     list(product([2, 4], ["ring", "all_gather"], ["zigzag", "contiguous"])),
 )
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
-KINDS = pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [
-        (torch.float64, False),
-        (torch.float32, False),
-        pytest.param(torch.float32, True, marks=needs_kernel),
-    ],
-)
-"""`compiled`: the CPU's attention kernel of our own."""
 SEGMENT_LEN = 16
+
+
+@pytest.fixture(params=[*TOLERANCES, pytest.param("compiled", marks=needs_kernel)], ids=str)
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """`compiled`: float32 by the CPU's attention kernel of our own."""
+    if request.param != "compiled":
+        return request.param
+    use_compiled_attention(monkeypatch)
+    return torch.float32
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -112,17 +112,9 @@ def assemble(parts: list[tuple[Tensor, dict[str, Tensor]]], dim: int) -> dict[st
 
 
 @LAYOUTS
-@KINDS
 def test_token_attention_is_one_processs(
-    size: int,
-    exchange: str,
-    layout: str,
-    dtype: torch.dtype,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    size: int, exchange: str, layout: str, dtype: torch.dtype
 ) -> None:
-    if compiled:
-        use_compiled_attention(monkeypatch)
     ranks = run_ranks(size, fold_everything, exchange, layout, dtype)
     for i, (carried, slots) in enumerate(CASES):
         inputs = fold_inputs(carried, slots)
@@ -166,17 +158,9 @@ def fold_slots_everything(exchange: str, layout_name: str, dtype: torch.dtype) -
 
 
 @LAYOUTS
-@KINDS
 def test_slot_attention_is_one_processs(
-    size: int,
-    exchange: str,
-    layout: str,
-    dtype: torch.dtype,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    size: int, exchange: str, layout: str, dtype: torch.dtype
 ) -> None:
-    if compiled:
-        use_compiled_attention(monkeypatch)
     ranks = run_ranks(size, fold_slots_everything, exchange, layout, dtype)
     outs = [result.pop("out") for _, result in ranks]
     assert all(torch.equal(out, outs[0]) for out in outs)  # replicated: the same bits
