@@ -25,6 +25,7 @@ from torch.nn.functional import ScalingType
 
 from model.compiled import fused
 from model.config import FP8_MULTIPLE
+from model.deferred import deferred_product, defers
 
 _TYPE = torch.float8_e4m3fn  # with a scale a row gradients need no wider range (e5m2)
 _MANTISSA = (1 << 23) - 1  # of a float32
@@ -37,6 +38,8 @@ def float8_product(x: Tensor, weight: Tensor) -> Tensor:
     Raises TypeError for other types, and on a GPU as torch does: where in or out is no
     multiple of 16, or the GPU has no FP8.
     """
+    if defers(weight):
+        return deferred_product(x, weight, rounded_product)
     result: Tensor = _Float8.apply(x, weight)  # type: ignore[no-untyped-call]
     return result
 

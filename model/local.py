@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Alone, Exchange, Layout, Whole
+from model.deferred import Linear
 from model.float8 import Float8Linear
 from model.fold import Piece, fold, fold_slots
 from model.kernels import Kernel
@@ -85,7 +86,7 @@ class LocalLinears:
         fp8: bool = False,
     ) -> nn.Module:
         """Return a linear map."""
-        return (Float8Linear if fp8 else nn.Linear)(in_features, out_features, bias=bias)
+        return (Float8Linear if fp8 else Linear)(in_features, out_features, bias=bias)
 
     def row(self, in_features: int, out_features: int, *, fp8: bool = False) -> nn.Module:
         """Return a linear map without bias."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model.block import Block
+from model.deferred import Linear
 from model.interfaces import Linears, Segments
 from model.layers import RMSNorm, scaled
 from model.memory.base import State, join_rows, take_rows
@@ -139,7 +140,7 @@ class _Norms(nn.Module):
 def _stacked(layers: Items[nn.Module]) -> Any:
     """Return one module that is these of several layers, each for its stretch of the rows."""
     first = layers[0]
-    if type(first) is nn.Linear and not first._forward_hooks:
+    if type(first) in (nn.Linear, Linear) and not first._forward_hooks:
         bias = None if first.bias is None else _stack(layers, "bias")
         return _Maps(_stack(layers, "weight"), bias)
     if isinstance(first, RMSNorm):

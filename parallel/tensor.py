@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.float8 import float8_product
+from model.deferred import deferred_product, defers, plain_product
+from model.float8 import float8_product, rounded_product
 from parallel.float8 import column_product
 from parallel.megatron import (
     ColumnParallelLinear,
@@ -29,6 +30,8 @@ class _Products:
     fp8 = False
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Any, **how: Any) -> Tensor:  # noqa: A002
+        if defers(weight):
+            return self._deferred(input, weight, bias, **how)
         if not self.fp8:
             theirs: Tensor = super()._forward_impl(input, weight, bias=bias, **how)  # type: ignore[misc]
             return theirs
@@ -37,6 +40,14 @@ class _Products:
             result = column_product(input, weight, how["tp_group"], scattered=scattered)
         else:
             result = float8_product(input, weight)
+        return result if bias is None else result + bias
+
+    def _deferred(self, x: Tensor, weight: Tensor, bias: Any, **how: Any) -> Tensor:
+        if how["sequence_parallel"]:
+            x = gather_from_sequence_parallel_region(x)
+        elif how["allreduce_dgrad"]:
+            x = copy_to_tensor_model_parallel_region(x)
+        result = deferred_product(x, weight, rounded_product if self.fp8 else plain_product)
         return result if bias is None else result + bias
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import FamMemory, ModelConfig
+from model.deferred import deferred
 from model.fold import Piece
 from model.interfaces import Linears, Segments
 from model.memory.base import Block, Part, PartMemory, Tokens, stack_segments
@@ -60,6 +61,21 @@ class _Slots(NamedTuple):
     q: Tensor | None = None  # [B, F, H, K]: what they ask the segment
 
 
+Table = tuple[Tensor, Tensor]
+"""(cos, sin) of RoPE."""
+
+
+class _Place(NamedTuple):
+    """A segment as a chain meets it."""
+
+    begin: Tensor  # [rows, D]: the slots that a document begins with, scattered
+    fresh: Tensor  # 0-dim bool, of these
+    starts: Tensor  # [B] bool: a document begins
+    row_starts: Tensor  # [rows, 1] bool: likewise, of each row
+    here: Table  # where the slots stand as keys
+    asks: Table  # and as queries
+
+
 class FamPart(Part):
     """The feedback chain of one layer."""
 
@@ -79,7 +95,8 @@ class FamPart(Part):
         self, block: Block, segments: Segments, n: int, state: FamState, initial: FamInitial
     ) -> tuple[FamRead, _Slots]:
         """Return the keys and values of the slots that segment n - 1 left."""
-        return self._open(block, segments, n, self._scatter(segments, state), initial)
+        (place,) = self._places(segments, range(n, n + 1), initial)
+        return self._open(block, place, self._scatter(segments, state))
 
     def close(
         self,
@@ -103,10 +120,12 @@ class FamPart(Part):
     ) -> tuple[FamRead, FamState]:
         """Open and close segment after segment, the slots scattered all the way."""
         found, slots = [], self._scatter(segments, state)
-        for n in range(segments.num_segments):
-            opened, slots = self._open(block, segments, n, slots, initial)
-            slots = self._close(block, segments, n, opened, slots, tokens)
-            found.append(opened)
+        places = self._places(segments, range(segments.num_segments), initial)
+        with deferred():
+            for n, place in enumerate(places):
+                opened, slots = self._open(block, place, slots)
+                slots = self._close(block, segments, n, opened, slots, tokens)
+                found.append(opened)
         return stack_segments(found), self._gather(segments, slots)
 
     def begin(
@@ -115,30 +134,38 @@ class FamPart(Part):
         """Return the first slots' keys and values before each segment, from one projection."""
         count, linears = segments.num_segments, segments.linears
         _, k, v, _ = block.project(linears.scatter(initial.slots))
-        keys = [rotate(k, *self._tables(segments, n)) for n in range(count)]
+        tables = self._tables(segments, range(count))
         shape = (segments.batch, count, -1, -1, -1)
         visible = (~initial.fresh).expand(segments.batch, count)
-        return FamRead(torch.stack(keys).expand(shape), v.expand(shape), visible)
+        keys = torch.stack([rotate(k, *here) for here in tables])
+        return FamRead(keys.expand(shape), v.expand(shape), visible)
 
     def piece(self, segments: Segments, opened: FamRead) -> Piece:
         """Return the slots' keys."""
         hidden = self.memory.first == "hidden"
         return Piece(opened.k, opened.v, opened.visible if hidden else None)
 
-    def _open(
-        self, block: Block, segments: Segments, n: int, slots: _Slots, initial: FamInitial
-    ) -> tuple[FamRead, _Slots]:
-        batch, count, linears = segments.batch, self.memory.slots, segments.linears
-        starts = self._per_row(segments, segments.starts[:, n])
-        begin = linears.scatter(initial.slots.expand(batch, -1, -1).flatten(0, 1))
-        rows = torch.where(starts, begin, slots.rows)
-        fresh = torch.where(starts, initial.fresh, slots.fresh)
-        prompt = torch.where(segments.starts[:, n], initial.fresh, slots.prompt)
-        q, k, v, _ = (part.unflatten(0, (batch, count)) for part in block.project(rows))
-        here = self._tables(segments, n)
-        asks = self._tables(segments, n + (self.memory.query_position == "current"))
-        read = FamRead(rotate(k, *here), v, ~prompt)
-        return read, _Slots(rows, fresh, prompt, rotate(q, *asks))
+    def _places(self, segments: Segments, numbers: range, initial: FamInitial) -> list[_Place]:
+        """Return what is known of segments before their slots are."""
+        linears = segments.linears
+        begin = linears.scatter(initial.slots.expand(segments.batch, -1, -1).flatten(0, 1))
+        starts = segments.starts[:, numbers.start : numbers.stop]
+        row_starts = self._per_row(segments, starts).split(1, 1)
+        tables = self._tables(segments, range(numbers.start, numbers.stop + 1))
+        asks = tables[self.memory.query_position == "current" :]
+        return [
+            _Place(begin, initial.fresh, *of_segment)
+            for of_segment in zip(starts.unbind(1), row_starts, tables, asks, strict=False)
+        ]
+
+    def _open(self, block: Block, place: _Place, slots: _Slots) -> tuple[FamRead, _Slots]:
+        rows = torch.where(place.row_starts, place.begin, slots.rows)
+        fresh = torch.where(place.row_starts, place.fresh, slots.fresh)
+        prompt = torch.where(place.starts, place.fresh, slots.prompt)
+        batch = len(place.starts)
+        q, k, v, _ = (part.unflatten(0, (batch, -1)) for part in block.project(rows))
+        read = FamRead(rotate(k, *place.here), v, ~prompt)
+        return read, _Slots(rows, fresh, prompt, rotate(q, *place.asks))
 
     def _close(
         self,
@@ -157,21 +184,22 @@ class FamPart(Part):
         rows = self.carry(block.finish(residual, attended.flatten(0, 1)))
         return _Slots(rows, torch.zeros_like(slots.fresh), torch.zeros_like(slots.prompt))
 
-    def _tables(self, segments: Segments, n: int) -> tuple[Tensor, Tensor]:
-        """Return RoPE of the last F positions before segment n: [F, 1, K / 2] each."""
-        end = (segments.window + n) * segments.segment_len
-        device = segments.starts.device
-        cos, sin = segments.rope(torch.arange(end - self.memory.slots, end, device=device))
-        return cos.unsqueeze(1), sin.unsqueeze(1)
+    def _tables(self, segments: Segments, numbers: range) -> list[Table]:
+        """Return, for each segment, RoPE of the last F positions before it: [F, 1, K / 2] each."""
+        device, slots = segments.starts.device, self.memory.slots
+        ends = torch.arange(numbers.start, numbers.stop, device=device) + segments.window
+        places = torch.arange(-slots, 0, device=device)
+        cos, sin = segments.rope((ends * segments.segment_len).unsqueeze(1) + places)
+        return list(zip(cos.unsqueeze(2), sin.unsqueeze(2), strict=True))
 
     def _per_row(self, segments: Segments, x: Tensor) -> Tensor:
-        """[B] bool -> one entry for each of this rank's slot rows: [rows, 1]."""
-        rows = x.to(torch.float32).repeat_interleave(self.memory.slots)
-        return segments.linears.scatter(rows).bool().unsqueeze(-1)
+        """[B, n] bool -> one entry for each of this rank's slot rows: [rows, n]."""
+        rows = x.to(torch.float32).repeat_interleave(self.memory.slots, 0)
+        return segments.linears.scatter(rows).bool()
 
     def _scatter(self, segments: Segments, state: FamState) -> _Slots:
         rows = segments.linears.scatter(state.slots.flatten(0, 1))
-        return _Slots(rows, self._per_row(segments, state.fresh), state.fresh)
+        return _Slots(rows, self._per_row(segments, state.fresh.unsqueeze(1)), state.fresh)
 
     def _gather(self, segments: Segments, slots: _Slots) -> FamState:
         whole = segments.linears.gather(slots.rows).unflatten(0, (segments.batch, -1))

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from model import float8
 from model.compiled import use_compiled
 from model.config import ComputeConfig, FamMemory
+from model.deferred import Linear
 from model.float8 import Float8Linear, check_float8, float8_product, rounded
 from tests.compare import relative
 from tests.model.small import batch_of, build, config_of, gradients
@@ -177,7 +178,7 @@ def test_the_maps_of_every_block_are_in_fp8_and_no_others() -> None:
     found = {name for name, each in model.named_modules() if isinstance(each, Float8Linear)}
     maps = ("qkv.linear", "output", "ffn.gate_up", "ffn.down")
     assert found == {f"blocks.{i}.{name}" for i in range(2) for name in maps}
-    plain = {name for name, each in model.named_modules() if type(each) is nn.Linear}
+    plain = {name for name, each in model.named_modules() if type(each) is Linear}
     assert plain == {"head.output"}
 
 

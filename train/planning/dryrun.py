@@ -39,7 +39,7 @@ class DryRun(NamedTuple):
     kept: Held  # between forward and backward, weights not counted
     peak: Held  # the most at any moment, weights not counted
     messages: Counter[Message]
-    operations: int  # of tensors, views counted too
+    operations: int  # of tensors, without views
 
     def describe(self) -> list[str]:
         """Return the pass in lines."""

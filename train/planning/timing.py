@@ -18,11 +18,14 @@ from train.planning.states import WIDE, parts_of
 from train.planning.weights import count_weights
 from train.settings.config import Config
 
-OPERATIONS = 690
+OPERATIONS = 136
 """Of a layer, forward and backward, as the dry run counts them; a third more with checkpointing."""
 
-CHAIN = {"fam": 785, "infini": 72, "abc": 105, "cmab": 105, "rmt": 920, "armt": 1790, "hmt": 1360}
+CHAIN = {"fam": 172, "infini": 28, "abc": 58, "cmab": 58, "rmt": 211, "armt": 426, "hmt": 291}
 """Operations that a memory adds in a layer for each segment (dry run)."""
+
+OWN_ROWS = ("fam",)
+"""Memories whose chain puts rows of its own, and no others, through a layer's weights."""
 
 BACKWARD_ATTENTION = 2.5
 """FLOPs of attention's backward over its forward's: the fused kernels compute scores again."""
@@ -167,9 +170,15 @@ def _context_parallel(
 
 
 def _chain(config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster) -> float:
-    """Return the seconds of what memory does segment by segment: operations and short messages."""
-    operations = sum(CHAIN.get(part.name, 0) for part in parts_of(model.memory))
-    again = 4 / 3 if config.train.checkpointing == "block" else 1.0
+    """Return the seconds of what memory does segment by segment.
+
+    Operations and short messages; and for a few rows a product takes as long as its weight is read:
+    in its forwards, and once in its backward (`model.deferred`).
+    """
+    names = [part.name for part in parts_of(model.memory)]
+    operations = sum(CHAIN.get(name, 0) for name in names)
+    twice = config.train.checkpointing == "block"  # its forward
+    again = 4 / 3 if twice else 1.0
     small = operations * cluster.device.launch_s
     messages = 0.0
     if operations and shapes.tp > 1 and model.memory.name in ("fam", "rmt", "armt", "hmt"):
@@ -179,7 +188,9 @@ def _chain(config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster)
     calls = model.num_layers * shapes.segments
     if config.train.wavefront:
         calls = block_calls(config, model, shapes)
-    return calls * again * (small + messages)
+    block = count_weights(model).blocks * shapes.element / model.num_layers / shapes.tp
+    reads = sum(name in OWN_ROWS for name in names) * (2 + twice) * block
+    return calls * (again * (small + messages) + reads / cluster.device.memory_rate)
 
 
 def _zero(

@@ -65,10 +65,11 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         """Run one operation and count what it made."""
         result = func(*args, **(kwargs or {}))
-        self.operations += 1
         if func.namespace == "c10d":
             self._sent(func, args)
-        for tensor in _tensors(result):
+        tensors = list(_tensors(result))
+        self.operations += bool(tensors) and not func.is_view
+        for tensor in tensors:
             if tensor.device.type != "meta":  # shapes that a library keeps for itself
                 self._count(tensor.untyped_storage())
         return result
