@@ -1,1 +1,1 @@
-"""Single-device decoder with segment memory; reads like the papers, imports torch only."""
+"""Single-device decoder with segment memory; reads like the papers, on torch alone."""

@@ -220,14 +220,14 @@ class Decoder(nn.Module):
         if self.compute.wavefront and segments.num_segments > 1:
 
             def enter(n: int) -> tuple[Tensor, Rows]:
-                rows, _ = memory.open(self, segments.of(n), 0, stack, prepared[n])
+                rows, _ = memory.open(self, segments.of(n), stack, prepared[n])
                 return self.embed(tokens[:, n]), rows
 
             x, layers = diagonals(self.layers(), enter, segments, layers, self._run)
             return x, Carried(layers, stack)
         for n in range(segments.num_segments):
             one = segments.of(n)
-            rows, rest = memory.open(self, one, 0, stack, prepared[n])
+            rows, rest = memory.open(self, one, stack, prepared[n])
             x, rows_after, layers = self.through(self.embed(tokens[:, n]), rows, one, layers)
             assert rows_after is not None
             stack = memory.close(self, one, rows_after, rest)

@@ -46,11 +46,15 @@ class Piece(NamedTuple):
     causal: bool = False  # query i reads keys 0 .. i only; for as many queries as keys
 
 
+_Marks = tuple[tuple[Tensor | None, slice, bool], ...]
+"""Of each Piece: visible, queries, causal."""
+
+
 class _How(NamedTuple):
     """What a fold knows beside its tensors."""
 
     visible: Tensor | None
-    pieces: tuple[tuple[Tensor | None, slice, bool], ...]
+    pieces: _Marks
     layout: Layout
     exchange: Exchange
     kernel: Kernel | None  # of token keys; None: plain attention
@@ -284,7 +288,7 @@ def fold(
     return result
 
 
-def _marks(pieces: Items[Piece]) -> tuple[tuple[Tensor | None, slice, bool], ...]:
+def _marks(pieces: Items[Piece]) -> _Marks:
     return tuple((piece.visible, piece.queries, piece.causal) for piece in pieces)
 
 
@@ -294,30 +298,38 @@ def _keys(pieces: Items[Piece], dtype: torch.dtype) -> list[Tensor]:
 
 class _FoldSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How, *keys: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        marks: _Marks,
+        exchange: Exchange,
+        *keys: Tensor,
+    ) -> Tensor:
         kernel = choose_kernel(q)
         queries, *pairs = (x.transpose(1, 2) for x in (q, k, v, *keys))
-        out, lse = how.exchange.combine(*kernel.forward(queries, pairs[0], pairs[1], False))
+        out, lse = exchange.combine(*kernel.forward(queries, pairs[0], pairs[1], False))
         out = out.to(lse.dtype)
-        for i, (visible, _, causal) in enumerate(how.pieces, 1):
+        for i, (visible, _, causal) in enumerate(marks, 1):
             own, own_lse = kernel.forward(queries, pairs[2 * i], pairs[2 * i + 1], causal)
             out, lse = merge((out, lse), (own, _hide(own_lse, visible, float("-inf"))))
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *keys)
-        ctx.how = how
+        ctx.marks, ctx.exchange = marks, exchange
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *keys = ctx.saved_tensors
-        kernel, how = choose_kernel(q), ctx.how
+        kernel, exchange = choose_kernel(q), ctx.exchange
         queries, *pairs = (x.transpose(1, 2) for x in (q, k, v, *keys))
-        dout = how.exchange.sum(dout.contiguous()).transpose(1, 2)
+        dout = exchange.sum(dout.contiguous()).transpose(1, 2)
         dq, dk, dv = kernel.backward(dout, queries, pairs[0], pairs[1], out, lse, False)
         # Every rank holds the pieces' keys: each keeps an equal part of their gradient.
-        part, dkeys = 1.0 / how.exchange.size, []
-        for i, (visible, _, causal) in enumerate(how.pieces, 1):
+        part, dkeys = 1.0 / exchange.size, []
+        for i, (visible, _, causal) in enumerate(ctx.marks, 1):
             own = kernel.backward(
                 dout,
                 queries,
@@ -329,7 +341,12 @@ class _FoldSlots(torch.autograd.Function):
             )
             dq = dq + own[0] * part
             dkeys += [g * part for g in own[1:]]
-        return *(g.transpose(1, 2) for g in (dq, dk, dv)), None, *(g.transpose(1, 2) for g in dkeys)
+        return (
+            *(g.transpose(1, 2) for g in (dq, dk, dv)),
+            None,
+            None,
+            *(g.transpose(1, 2) for g in dkeys),
+        )
 
 
 def fold_slots(
@@ -338,7 +355,6 @@ def fold_slots(
     v: Tensor,
     *,
     pieces: Items[Piece],
-    layout: Layout,
     exchange: Exchange,
 ) -> Tensor:
     """Return attention of replicated queries over a whole segment and the pieces.
@@ -346,7 +362,6 @@ def fold_slots(
     q [B, F, H, K], the same on every rank; k, v [B, S, Hkv, K], this rank's slice of the segment.
     The result [B, F, H, K] is the same on every rank.
     """
-    how = _How(None, _marks(pieces), layout, exchange, None)
     keys = _keys(pieces, q.dtype)
-    result: Tensor = _FoldSlots.apply(q, k, v, how, *keys)  # type: ignore[no-untyped-call]
+    result: Tensor = _FoldSlots.apply(q, k, v, _marks(pieces), exchange, *keys)  # type: ignore[no-untyped-call]
     return result

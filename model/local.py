@@ -48,7 +48,7 @@ class FoldedSequence:
 
     def fold_slots(self, q: Tensor, k: Tensor, v: Tensor, *, pieces: Items[Piece]) -> Tensor:
         """Return the attention of rows; see fold.fold_slots."""
-        return fold_slots(q, k, v, pieces=pieces, layout=self.layout, exchange=self.exchange)
+        return fold_slots(q, k, v, pieces=pieces, exchange=self.exchange)
 
     def total(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks."""

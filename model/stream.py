@@ -34,7 +34,7 @@ class Incremental:
         rows: Rows | None = None
         if isinstance(model.memory, InTurn):
             unknown = model.memory.unknown()
-            rows, self.rest = model.memory.open(model, self.segments, 0, carried.stack, unknown)
+            rows, self.rest = model.memory.open(model, self.segments, carried.stack, unknown)
             rows = _before(rows, batch)
         initial = model.memory.initial(model.layers(), model.linears)
         self.layers: list[OpenLayer] = []

@@ -80,7 +80,7 @@ class Groups:
 
 
 class ZeroEngine:
-    """A model with its optimizer, its states cut over DP x CP: zero_grad, backward, step.
+    """A model with its optimizer, its states cut over DP x CP: backward, step.
 
     cut_above: stage 3 keeps parameters of fewer elements whole on every rank (None: DeepSpeed's own
     100,000); a small model wants less, or it has nothing to cut.
@@ -140,10 +140,10 @@ class ZeroEngine:
                 yield Fragment(
                     name, start, {k: v.data.narrow(0, offset, numel) for k, v in values.items()}
                 )
-        yield from self.frozen_fragments()
+        yield from self._frozen_fragments()
 
     @torch.no_grad()
-    def frozen_fragments(self) -> Iterator[Fragment]:
+    def _frozen_fragments(self) -> Iterator[Fragment]:
         """Yield this rank's share of parameters without gradient: equal runs, the last shorter.
 
         Stages 1 and 2 hold them whole, and stage 3 cuts them so by itself.

@@ -173,7 +173,7 @@ class Armt(InTurn):
         return []
 
     def open(
-        self, stack: Stack, segments: Segments, n: int, state: list[Tensor], prepared: None
+        self, stack: Stack, segments: Segments, state: list[Tensor], prepared: None
     ) -> tuple[Rows, None]:
         """Return the rows."""
         wide = torch.promote_types(self.rows.dtype, torch.float32)

@@ -6,46 +6,18 @@ finds it taken and copies. So a stream appends in amortised O(1), and a fork of 
 
 Keys are kept without RoPE: a block is read at whatever position retrieval gives it. Landmark keys,
 which every query scores, lie with the queries; the blocks' own keys and values, of which few are
-read, lie where `allocate` puts them: host memory, or a file mapped into it.
+read, lie in host memory.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.memory.base import Axes
-
-Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Returns a contiguous CPU tensor of a shape and type; what it holds does not matter."""
-
-
-def host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor in host memory."""
-    return torch.empty(shape, dtype=dtype)
-
-
-def mapped(folder: Path) -> Allocate:
-    """Return an Allocate of files in `folder`, mapped into memory: for more than memory holds.
-
-    A file has no name (it is gone when its tensor is, whatever happens to the process) and takes
-    space as it is written. Raises OSError where the folder cannot be written to.
-    """
-
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        numel = torch.Size(shape).numel()
-        if not numel:  # nothing to map
-            return torch.empty(shape, dtype=dtype)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            flat = torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
-        return flat.view(shape)
-
-    return allocate
 
 
 class BlockStore(NamedTuple):
@@ -57,7 +29,7 @@ class BlockStore(NamedTuple):
 
     # Keys of landmarks, on the queries' device: [B, Hkv, C, K]
     landmarks: Annotated[Tensor, Axes(heads=1)]
-    # Keys and values of regular tokens, see Allocate: [B, C, Hkv, block - 1, K]
+    # Keys and values of regular tokens, in host memory: [B, C, Hkv, block - 1, K]
     k: Annotated[Tensor, Axes(heads=2)]
     v: Annotated[Tensor, Axes(heads=2)]
     end: Tensor  # [B] int64, CPU, all equal: blocks in the store
@@ -116,28 +88,20 @@ def forget(store: BlockStore, starts: Tensor) -> BlockStore:
     )
 
 
-def append(
-    store: BlockStore,
-    k: Tensor,
-    v: Tensor,
-    *,
-    belongs: Tensor | None = None,
-    capacity: int | None = None,
-    allocate: Allocate = host,
-) -> BlockStore:
+def append(store: BlockStore, k: Tensor, v: Tensor, *, belongs: Tensor | None = None) -> BlockStore:
     """Return the store with whole blocks of positions added, landmarks last in each.
 
     k, v [B, S, Hkv, K], not rotated. belongs [B] bool: False where these blocks are of an earlier
     document than the row's (the end of a window that a new document has not filled yet); they are
-    hidden with all before them. capacity: the last so many blocks can be read, older ones are
-    dropped. Where gradients flow through keys or the store, all of it is copied.
+    hidden with all before them. Where gradients flow through keys or the store, all of it is
+    copied.
     """
     assert k.shape[1] % store.block == 0, f"{k.shape[1]} positions are no blocks of {store.block}"
     new = _Blocks.of(k, v, store.block)
     tensors = (store.landmarks, store.k, store.v)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, k, v))
     if grad or not _has_room(store, new.num):
-        store = _moved(store, new.num, None if grad else allocate)
+        store = _moved(store, new.num, grad)
     count, after = store.num_blocks, store.num_blocks + new.num
     if grad:
         landmarks = torch.cat((store.landmarks, new.landmarks), 2)
@@ -156,8 +120,6 @@ def append(
     store = store._replace(end=torch.full_like(store.end, after))
     if belongs is not None:
         store = forget(store, ~belongs)
-    if capacity is not None:
-        store = store._replace(first=store.first.clamp(min=after - capacity))
     return store
 
 
@@ -189,23 +151,23 @@ def _has_room(store: BlockStore, num: int) -> bool:
     )
 
 
-def _moved(store: BlockStore, num: int, allocate: Allocate | None) -> BlockStore:
+def _moved(store: BlockStore, num: int, grad: bool) -> BlockStore:
     """Return the store without the blocks that no row can read, in buffers of its own.
 
-    With twice the room that `num` blocks more need; without `allocate` the buffers are cut to what
-    is in them, and stay in the graph.
+    With twice the room that `num` blocks more need; with `grad` the buffers are cut to what is in
+    them, and stay in the graph.
     """
     count = store.num_blocks
     lost = int(store.first.min())  # waits for the device; once in as many appends as it copies
     kept = count - lost
     landmarks = store.landmarks[:, :, lost:count]
     keys, values = store.k[:, lost:count], store.v[:, lost:count]
-    if allocate is not None:
+    if not grad:
         room, (batch, heads, _, head_dim) = 2 * (kept + num), landmarks.shape
         old = (landmarks, keys, values)
         shape = (batch, room, heads, store.block - 1, head_dim)
         landmarks = landmarks.new_empty(batch, heads, room, head_dim)
-        keys, values = allocate(shape, store.k.dtype), allocate(shape, store.v.dtype)
+        keys, values = store.k.new_empty(shape), store.v.new_empty(shape)
         with torch.no_grad():
             landmarks[:, :, :kept], keys[:, :kept], values[:, :kept] = old
     end = torch.full_like(store.end, kept)

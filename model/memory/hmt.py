@@ -83,10 +83,10 @@ class Hmt(InTurn):
         return HmtPrepared(None, self.first.new_zeros(0, dtype=torch.int64))
 
     def open(
-        self, stack: Stack, segments: Segments, n: int, state: HmtState, prepared: HmtPrepared
+        self, stack: Stack, segments: Segments, state: HmtState, prepared: HmtPrepared
     ) -> tuple[Rows, tuple[HmtState, HmtPrepared]]:
-        """Search, and return the rows around segment n."""
-        starts, linears = segments.starts[:, n], stack.linears
+        """Search, and return the rows around the segment."""
+        starts, linears = segments.starts[:, 0], stack.linears
         state = state._replace(filled=state.filled.masked_fill(starts, 0))
         some = (state.filled > 0)[:, None]
         first = self.first.to(state.bank.dtype)

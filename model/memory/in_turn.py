@@ -65,11 +65,11 @@ class InTurn(nn.Module):
 
     @abstractmethod
     def open(
-        self, stack: Stack, segments: Segments, n: int, state: State, prepared: Any
+        self, stack: Stack, segments: Segments, state: State, prepared: Any
     ) -> tuple[Rows, Any]:
-        """Return the rows of segment n, and what `close` needs.
+        """Return the rows of the one segment, and what `close` needs.
 
-        The state is what segment n - 1 left: where n starts a document, it is reset here.
+        The state is what the segment before left: where this one starts a document, it is reset.
         """
 
     def halfway(self, stack: Stack, segments: Segments, tokens: Tensor, rest: Any) -> Rows | None:

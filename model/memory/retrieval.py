@@ -15,7 +15,7 @@ What a layer does with segment n of its streams, the window being M segments:
     past = retrieve(q, store, top_k=k, places=M * S + positions, rope=rope)
     local = grouped piece(s) of window and segment, rotated from position 0 or any other on
     out, lse = merge(local, (past.out, past.lse))
-    store = append(store, k, v of the segment that leaves the window, belongs=age > M)
+    store = append(store, k, v of the segment that leaves the window, belongs=age >= M)
 
 RoPE knows distances only, so local pieces need no shift: `places` says where queries stand from the
 first local position on, retrieval adds its slots before it.
@@ -101,24 +101,22 @@ def retrieve(
     places: Tensor,
     rope: Rope,
     granularity: Granularity = "token_and_head",
-    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Retrieved:
     """Return what queries read of the best `top_k` blocks of the store.
 
     q [B, S, H, K], not rotated; places [S] int64, CPU: where each query stands, from the first
-    local position (of the window, if there is one). reduce: the elementwise maximum over the ranks
-    that must choose alike, where heads (granularity "heads") or tokens ("tokens") are spread over
-    ranks. Differentiable in q and the store's keys and values; the choice is not.
+    local position (of the window, if there is one). Differentiable in q and the store's keys and
+    values; the choice is not.
     """
     queries = _Queries(q, store, top_k, places, rope)
     if not store.num_blocks:
         return queries.nothing()
-    shared = queries.choose_for_all(reduce) if granularity == "tokens" else None
+    shared = queries.choose_for_all() if granularity == "tokens" else None
     found = []
     for rows in queries.rows(gather=shared is None):
         chosen = shared
         if chosen is None:
-            chosen = queries.choose(rows, granularity == "heads", reduce)
+            chosen = queries.choose(rows, granularity == "heads")
         found.append((*queries.read(rows, chosen), chosen))
     out, lse, chosen = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
     chosen = chosen if shared is None else shared
@@ -188,24 +186,22 @@ class _Queries:
         some.masked_fill_(number < self.store.first.view(-1, 1, 1, 1), float("-inf"))
         return scores
 
-    def choose(
-        self, rows: slice, by_best_head: bool, reduce: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
+    def choose(self, rows: slice, by_best_head: bool) -> Tensor:
         """Return the blocks that each row reads: [B, H or 1, R, top_k], see _best."""
         scores, slack = self.scores(rows), self._slack(rows)
         if by_best_head:
             # Logarithms: a probability that underflows would tie with hidden blocks.
             scores, slack = scores.log_softmax(-1).amax(1, True), slack.amax(1, True)
-        return self._best(scores, slack, reduce if by_best_head else None)
+        return self._best(scores, slack)
 
-    def choose_for_all(self, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def choose_for_all(self) -> Tensor:
         """Return the blocks that each head's rows read together: [B, H, 1, top_k]."""
         best: Tensor | None = None
         for rows in self.rows(gather=False):
             here = self.scores(rows).log_softmax(-1).amax(2, keepdim=True)
             best = here if best is None else torch.maximum(best, here)
         assert best is not None
-        return self._best(best, self._slack(ALL).amax(2, True), reduce)
+        return self._best(best, self._slack(ALL).amax(2, True))
 
     @torch.no_grad()
     def _slack(self, rows: slice) -> Tensor:
@@ -217,12 +213,8 @@ class _Queries:
         slack: Tensor = _ROUNDING[landmarks.dtype] * self.scale * length * longest
         return slack.nan_to_num(0.0)
 
-    def _best(
-        self, scores: Tensor, slack: Tensor, reduce: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
+    def _best(self, scores: Tensor, slack: Tensor) -> Tensor:
         """Return the numbers in the store of the best blocks, rising; -1 first where too few."""
-        if reduce is not None:
-            scores, slack = reduce(torch.cat((scores, slack), -1)).tensor_split([-1], -1)
         number = newest_of_best(self._hide(scores), min(self.top_k, self.count), slack)
         number = number.masked_fill(number < self.store.first.view(-1, 1, 1, 1), -1)
         missing = self.top_k - number.shape[-1]

@@ -52,11 +52,11 @@ class Rmt(InTurn):
         return RmtState(torch.zeros(shape, device=like.device, dtype=wide))
 
     def open(
-        self, stack: Stack, segments: Segments, n: int, state: RmtState, prepared: None
+        self, stack: Stack, segments: Segments, state: RmtState, prepared: None
     ) -> tuple[Rows, None]:
         """Return the memory before the segment and behind it."""
         begin = self.initial_memory.to(state.memory.dtype)
-        memory = where_start(segments.starts[:, n], begin, state.memory)
+        memory = where_start(segments.starts[:, 0], begin, state.memory)
         behind = memory if self.offset is None else memory + self.offset
         x = torch.cat((memory, behind), 1).flatten(0, 1)
         return Rows(self.frame, stack.linears.scatter(x)), None

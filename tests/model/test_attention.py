@@ -210,7 +210,7 @@ def run_slots(inputs: dict[str, Tensor], *, dense: bool) -> Tensor:
     q, k, v, *slots = inputs.values()
     if dense:
         return dense_fold_slots(q, k, v, (slots[0], slots[1]))
-    return fold_slots(q, k, v, pieces=[Piece(*slots)], layout=Whole(), exchange=Alone())
+    return fold_slots(q, k, v, pieces=[Piece(*slots)], exchange=Alone())
 
 
 def test_fold_slots_is_dense_attention() -> None:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from model import cpu_flash
-from model.attention import Alone, Whole
 from model.compiled import use_compiled
 from model.decoder import Decoder
-from model.fold import fold, fold_slots
 from model.kernels import Blockwise, CpuCompiled, CpuFlash, choose_kernel
+from model.local import FoldedSequence
 from tests.compare import assert_each, relative
 from tests.model.compiled_attention import needs_kernel, use_compiled_attention
 from tests.model.memories import MEMORIES
@@ -210,11 +209,11 @@ def test_a_fold_takes_it_by_its_rows_whatever_its_heads(
     spy = Spy(monkeypatch)
     for rows, calls in ((128, 2), (64, 0)):
         q, k, v = (torch.randn(1, 1, rows, heads, 4, requires_grad=True) for _ in "qkv")
-        common: Any = {"layout": Whole(), "exchange": Alone(), "pieces": []}
-        fold(q, k, v, visible=torch.zeros(1, 1, 0, dtype=torch.bool), **common).sum().backward()
+        sequence = FoldedSequence()
+        sequence.fold(q, k, v).sum().backward()
         assert spy.calls == calls
         spy.calls = 0
-        fold_slots(q[:, 0], k[:, 0], v[:, 0], **common).sum().backward()
+        sequence.fold_slots(q[:, 0], k[:, 0], v[:, 0], pieces=[]).sum().backward()
         assert spy.calls == calls
         spy.calls = 0
 

@@ -422,13 +422,8 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
-    import typer
+    from train.cli import app
 
-    from train.commands.miniature import register
-
-    app = typer.Typer()
-    register(app)
-    app.command()(lambda: None)
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]

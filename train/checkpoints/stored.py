@@ -2,9 +2,9 @@
 
 Names in its files say what a tensor is and where it belongs:
 
-    master/blocks.0.attention.qkv.weight@4096    elements from 4096 on of a flattened TP part
-    memory/layers/0/window/k@2                   streams from lane 2 on
-    passed/0/fam/slots, random/cpu               random state passing; a rank's own generator
+    master/blocks.0.qkv.linear.weight@4096    elements from 4096 on of a flattened TP part
+    memory/layers/0/window/k@2                streams from lane 2 on
+    passed/0/fam/slots, random/cpu            random state passing; a rank's own generator
 
 Only the asked-for slices are read, so no rank ever holds much more than its own share.
 """

@@ -71,12 +71,3 @@ def miniature(
             folder = output / each.name / f"seed-{number}"
             typer.echo(f"{each.name}, seed {number} -> {folder}")
             run_seed(each, number, folder, results, lambda line: typer.echo(f"  {line}"))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(miniature)
-
-
-if __name__ == "__main__":
-    typer.run(miniature)
