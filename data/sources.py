@@ -22,6 +22,8 @@ import zstandard
 # About a second of BPE on one core: long against a process's mail, short against the whole.
 BLOCK_BYTES = 1 << 20
 _SNIFF_BYTES = 8192
+_PACKED_BYTES = 1 << 16
+"""Of a zstd file, read at once."""
 _COMPRESSED = (".gz", ".zst")
 _JSONL = (".jsonl", ".ndjson")
 _PARQUET = ".parquet"
@@ -151,6 +153,37 @@ def _form(path: Path) -> str:
     return "jsonl" if last in _JSONL else "text"
 
 
+class _Zstd(io.RawIOBase):
+    """The content of zstd frames; zstandard's own reader takes a file cut in a frame for whole."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._ready = raw, memoryview(b"")
+        self._frame: Any = None  # the one that has begun and not ended
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the next piece goes; EOFError where a frame has no end."""
+        while not self._ready:
+            packed = self._raw.read(_PACKED_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a zstd frame")
+                return 0
+            pieces = []
+            while packed:
+                frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+                pieces.append(frame.decompress(packed))
+                self._frame = None if frame.eof else frame
+                packed = frame.unused_data if frame.eof else b""
+            self._ready = memoryview(b"".join(pieces))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Open a file for reading its content; also gives the raw file, for its position."""
@@ -159,11 +192,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             if path.suffix.lower() == ".gz":
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
             elif path.suffix.lower() == ".zst":
-                reader = zstandard.ZstdDecompressor().stream_reader(
-                    raw, read_across_frames=True, closefd=False
-                )
-                # Its own reader has no readline.
-                yield io.BufferedReader(cast(io.RawIOBase, reader), 1 << 16), raw
+                yield io.BufferedReader(_Zstd(raw), 1 << 16), raw
             else:
                 yield raw, raw
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:

@@ -143,6 +143,8 @@ def prepare(
                 f"{done.output / side}: {manifest.documents:,} documents,"
                 f" {manifest.tokens:,} tokens, {len(manifest.shards):,} shards"
             )
+    if done.empty_documents:
+        typer.echo(f"left out as empty: {done.empty_documents:,} documents")
     if done.ignored:
         typer.echo(f"left out as no text: {len(done.ignored):,} files, such as {done.ignored[0]}")
 

@@ -68,7 +68,6 @@ def train_steps(
         micro_batches = [
             batch._replace(starts=cut_documents(batch.starts, limit)) for batch in step_batches
         ]
-        before = dict(state.memory)
         targets = count_targets(micro_batches, mesh)
         scale = torch.tensor(1.0 / max(1, targets), device=mesh.device)
         passed = state.passed if takes_passed_state(config, state.step) else None
@@ -106,7 +105,9 @@ def train_steps(
         dist.all_reduce(total, group=mesh.zero_group)
         state.step += 1
         if grad_norm is None:
-            state.memory = before  # what this step left in the memory may not be finite either
+            # What this step left in it may not be finite, and what the one before left is of text
+            # that the next does not follow: in some lanes another document's.
+            state.memory = {}
             state.skipped += 1
         else:
             state.skipped = 0

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from model.config import ModelConfig
+from model.config import LandmarkMemory, ModelConfig
 from model.lora import count_adapters
 from train.memory_flops import block_costs, memory_flops
 
@@ -23,8 +23,8 @@ FORMULA = (
     " P: parameters of all matrices outside the memory, head included, embedding lookup and"
     " vocabulary padding not; keys: (S + 1) / 2 of the own segment + S of each window segment"
     " (packed: the mean over an epoch of those that attention reads) + those a token reads of the"
-    " memory (slots, rows, retrieved blocks); memory: its own rows"
-    " through all blocks (fam slots / S a token, rmt 2 x slots / S, armt slots / S, hmt (sensory"
+    " memory (slots, rows, retrieved blocks; with landmark's layers: last, window and blocks in one"
+    " layer alone); memory: its own rows through all blocks (fam slots / S a token, rmt 2 x slots / S, armt slots / S, hmt (sensory"
     " + 3) / S and the summary of half a segment) with the keys they read, and its products:"
     " reads and writes of matrices (infini, armt), scores and writes of slots (abc, cmab), the"
     " search (hmt). Landmarks are tokens. With model.lora, P has the adapters too, and tokens count"
@@ -52,11 +52,15 @@ def forward_flops_per_token(
     """
     costs = block_costs(model)
     memory = memory_flops(model, model.memory, segment_len)
+    beyond = memory.keys
     if keys is None:
-        keys = (segment_len + 1) / 2 + model.window * segment_len
+        keys = (segment_len + 1) / 2
+        beyond += model.window * segment_len
+    if isinstance(model.memory, LandmarkMemory) and model.memory.layers == "last":
+        beyond /= model.num_layers
     head = 2.0 * model.hidden_size * model.vocab_size
     matrices = costs.row + head + 2.0 * count_adapters(model)
-    return Flops(matrices, costs.key * (keys + memory.keys), memory.flops)
+    return Flops(matrices, costs.key * (keys + beyond), memory.flops)
 
 
 def training_flops_per_token(

@@ -80,8 +80,11 @@ def test_a_null_of_parquet_is_an_empty_text(tmp_path: Path) -> None:
 
 def test_zstd_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"".join(zstandard.compress(jsonl([text])) for text in TEXTS))
+    skipped = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"  # as pzstd writes them
+    path.write_bytes(b"".join(skipped + zstandard.compress(jsonl([text])) for text in TEXTS))
     assert texts_of(path) == TEXTS
+    path.write_bytes(zstandard.compress(jsonl(TEXTS * 30_000)))
+    assert texts_of(path) == TEXTS * 30_000
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -193,6 +196,12 @@ def broken_zstd(path: Path) -> None:
     path.write_bytes(b"nothing of zstd")
 
 
+def cut_zstd(path: Path) -> None:
+    """A whole frame, and one whose last block and checksum are missing."""
+    content = zstandard.compress(jsonl(TEXTS)), zstandard.compress(os.urandom(400_000))
+    path.write_bytes(b"".join(content)[:-150_000])
+
+
 def broken_parquet(path: Path) -> None:
     path.write_bytes(b"PAR1 nothing PAR1")
 
@@ -213,6 +222,7 @@ def written(content: bytes) -> Callable[[Path], object]:
         ("a.txt.gz", broken_gzip, "a.txt.gz cannot be read"),
         ("a.jsonl.gz", written(b"not gzip"), "a.jsonl.gz cannot be read"),
         ("a.jsonl.zst", broken_zstd, "a.jsonl.zst cannot be read"),
+        ("a.txt.zst", cut_zstd, "a.txt.zst cannot be read .*in the middle of a zstd frame"),
         ("a.jsonl", broken_line, "a.jsonl:4: not valid JSON .*mend or remove the line"),
         ("a.jsonl", written(b'{"a": 1}\n'), r"a.jsonl:1: no key 'text', it has \['a'\]; set"),
         ("a.jsonl", written(b"[1]\n"), "a.jsonl:1: no key 'text', it has list"),

@@ -349,5 +349,6 @@ def test_the_other_ranks_end_alike_and_say_nothing(
 
 def test_a_memory_that_chooses_by_later_tokens_is_not_trained(shards: Shards) -> None:
     memory = {"name": "landmark", "block": 4, "retrieve": 2, "granularity": "tokens"}
-    with pytest.raises(ConfigError, match="the loss would see its own future"):
-        open_inputs(tiny_config(shards, model__memory=memory))
+    for spelled in (memory, [{"name": "window", "segments": 1}, memory]):
+        with pytest.raises(ConfigError, match="the loss would see its own future"):
+            open_inputs(tiny_config(shards, model__memory=spelled))

@@ -282,10 +282,9 @@ def test_a_step_poisoned_on_one_rank_changes_nothing_on_any(
         assert after.norms[2] is None
         assert before.norms == after.norms[:2]
         assert (after.state.step, after.state.updates, after.state.skipped) == (3, 2, 1)
-        for kind in ("shares", "memory"):
-            one, other = getattr(before, kind), getattr(after, kind)
-            assert one.keys() == other.keys()
-            assert [name for name in one if not torch.equal(one[name], other[name])] == []
+        one, other = before.shares, after.shares
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_a_poisoned_rank_of_tp_and_cp_skips_on_all(shards: Shards) -> None:
@@ -299,6 +298,25 @@ def test_training_goes_on_after_a_skipped_step(shards: Shards) -> None:
     assert [norm is None for norm in trained.norms] == [False, True, False, False]
     assert trained.state.skipped == 0
     assert trained.losses[3] < trained.losses[0]
+
+
+def test_after_a_skipped_step_no_lane_reads_what_it_read_before(shards: Shards) -> None:
+    """The document that ended inside the skipped step is not what the next step goes on with."""
+    config = tiny_config(shards, model__memory={"name": "infini", "window": 1}, train__lr=1e-30)
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"warmup_steps": 0})}
+    )
+
+    def other_text(batches: list[list[Batch]]) -> list[list[Batch]]:
+        first = [batch._replace(tokens=(batch.tokens * 7 + 3) % 250) for batch in batches[0]]
+        return [first, *batches[1:]]
+
+    (one,), (other,) = (
+        run_ranks(1, train_tiny, config, 3, change, Poison("loss", 1, 0))
+        for change in (None, other_text)
+    )
+    assert one.norms[1] is None and one.losses[0] != other.losses[0]
+    assert one.losses[2] == other.losses[2]
 
 
 def pretrain_poisoned(config: Config, *steps: int) -> int:

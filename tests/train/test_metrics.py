@@ -184,6 +184,13 @@ def test_landmarks_are_tokens_and_retrieved_blocks_keys() -> None:
     assert found.memory == 0
 
 
+def test_landmark_in_the_last_layer_looks_further_in_that_one_alone() -> None:
+    everywhere = cost(LandmarkMemory(block=4, window=2, retrieve=3))
+    last = cost(LandmarkMemory(block=4, window=2, retrieve=3, layers="last"))
+    plain = cost(NoMemory()).attention
+    assert last.attention - plain == (everywhere.attention - plain) / 2  # of two layers
+
+
 def test_composed_memories_cost_what_each_costs() -> None:
     parts = [FamMemory(slots=4), InfiniMemory(), AbcMemory(slots=3)]
     both = cost(compose([WindowMemory(2), *parts]))

@@ -27,7 +27,9 @@ def memory_values(config: Config, manifest: Manifest) -> dict[str, Any]:
     keys = config.model.memory.model_dump(mode="json")
     memory = to_memory_config(config.model.memory)
     if isinstance(memory, HmtMemory) and manifest.step >= (memory.search_from or 0):
-        keys["search_from"] = 0  # an imported model is at step 0, and this one's search is trained
+        # An imported model is at step 0, and this one's search is trained.
+        parts = keys if isinstance(keys, list) else [keys]
+        next(part for part in parts if part["name"] == "hmt")["search_from"] = 0
     return {
         "format": FORMAT,
         "memory": keys,

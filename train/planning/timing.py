@@ -181,7 +181,7 @@ def _chain(config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster)
     again = 4 / 3 if twice else 1.0
     small = operations * cluster.device.launch_s
     messages = 0.0
-    if operations and shapes.tp > 1 and model.memory.name in ("fam", "rmt", "armt", "hmt"):
+    if shapes.tp > 1 and not {"fam", "rmt", "armt", "hmt"}.isdisjoint(names):
         messages += 8 * (shapes.tp - 1) * cluster.link(shapes.tp, 1).latency_s
     if operations and shapes.cp > 1:
         messages += 3 * (shapes.cp - 1) * cluster.link(shapes.cp, shapes.tp).latency_s

@@ -24,7 +24,7 @@ from train.huggingface.tokenizer_files import require_trained_on
 from train.reading import model_vocab_size
 from train.remote import open_remote
 from train.settings.config import Config, ConfigError
-from train.settings.memories import LandmarkMemory
+from train.settings.memories import LandmarkMemory, find_memory
 from train.starting.changes import find_changes
 from train.starting.init_from import Start, find_start
 
@@ -106,7 +106,7 @@ def open_inputs(config: Config, *, fresh: bool = False, starts: bool = True) -> 
 
 def chooses_by_later_tokens(config: Config) -> bool:
     """Return whether the memory's reads are not causal: for prompts, not for losses."""
-    memory = config.model.memory
+    memory = find_memory(config.model.memory, "landmark")
     return isinstance(memory, LandmarkMemory) and bool(
         memory.retrieve and memory.granularity == "tokens"
     )

@@ -71,6 +71,10 @@ MEMORIES: dict[str, Any] = {
     "rmt": {"name": "rmt", "slots": 3, "offset": True},
     "armt": {"name": "armt", "slots": 3, "key_dim": 4},
     "hmt": {"name": "hmt", "bank": 4, "sensory": 2, "search_dim": 4},
+    "window and hmt": [
+        {"name": "window", "segments": 1},
+        {"name": "hmt", "bank": 4, "sensory": 2, "search_dim": 4},
+    ],
     "landmark": {"name": "landmark", "block": 4},
 }
 
