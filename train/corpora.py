@@ -49,24 +49,37 @@ class Course(NamedTuple):
         return found
 
     def describe(self, steps: int) -> list[str]:
-        """Return a line for each corpus of a mixture: its share, and how often it is read."""
-        if len(self.shares) == 1:
-            return []
-        per_epoch = self.streams.steps_per_epoch
+        """Return a line for each corpus, its share and how often it is read, and of padding."""
+        streams, per_epoch = self.streams, self.streams.steps_per_epoch
         tokens = [share.of_corpus * share.tokens for share in self.shares]
-        lines = [
-            f"{share.name}: {part / sum(tokens):.2%} of the tokens, {share.of_corpus:.4g} of it in"
-            f" an epoch of {per_epoch:,} steps, {steps / per_epoch * share.of_corpus:.3g} times in"
-            f" {steps:,} steps"
-            for share, part in zip(self.shares, tokens, strict=True)
-        ]
-        places = per_epoch * self.streams.lanes * self.streams.segments
-        empty = 1 - self.streams.total_segments / places
+        lines, alone = [], len(self.shares) == 1
+        for share, part in zip(self.shares, tokens, strict=True):
+            times = f"{steps:,} steps read it {steps / per_epoch * share.of_corpus:.3g} times"
+            if alone:
+                text = f"{share.tokens:,} tokens; an epoch is {per_epoch:,} steps"
+            else:
+                text = (
+                    f"{part / sum(tokens):.2%} of the tokens; an epoch of {per_epoch:,} steps reads"
+                    f" {share.of_corpus:.3g} of it"
+                )
+            lines.append(f"{share.name}: {text}, {times}")
+        empty = 1 - streams.total_segments / (per_epoch * streams.lanes * streams.segments)
+        padding = 1 - sum(tokens) / (streams.total_segments * streams.segment_len)
         if empty > _MUCH_PADDING:
             smallest = max(self.shares, key=lambda share: share.of_corpus)
+            remedy = "use a smaller train.batch_size or data.sample_len"
+            if not alone:
+                remedy = f"it ends with {smallest.name}: lower that one's weight"
             lines.append(
-                f"WARNING: an epoch of the mixture is only {per_epoch:,} steps, and {empty:.0%} of"
-                f" it is padding; it ends with {smallest.name}: lower that one's weight"
+                f"WARNING: an epoch is only {per_epoch:,} steps, and {empty:.0%} of it is padding;"
+                f" {remedy}"
+            )
+        if padding > _MUCH_PADDING:
+            remedy = "" if streams.packs else " or data.packing=true, where the memory takes it"
+            lines.append(
+                f"WARNING: {padding:.0%} of the positions are padding, which tokens/s and MFU"
+                f" count: documents end inside segments of {streams.segment_len:,} tokens; use a"
+                f" shorter data.segment_len{remedy}"
             )
         return lines
 

@@ -37,6 +37,10 @@ class TrainState:
     passed: list[Initial] | None = None  # what random state passing may begin a document with
 
 
+class OtherDataError(ValueError):
+    """Ranks that share a sequence read different data."""
+
+
 class StepResult(NamedTuple):
     """What one step gave."""
 
@@ -137,11 +141,24 @@ def window(
 
 
 def count_targets(batches: list[Batch], mesh: Mesh) -> int:
-    """Return the number of target tokens of a step over all ranks."""
+    """Return the number of target tokens of a step over all ranks.
+
+    Raises OtherDataError on all ranks where those of one data-parallel place read different data.
+    """
     mine = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     count = torch.tensor(mine, dtype=torch.int64, device=mesh.device)
     dist.all_reduce(count, group=mesh.dp_group)
-    return int(count.item())
+    extremes = torch.stack((count, -count))
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    most, least = extremes.tolist()
+    if most != -least:
+        raise OtherDataError(
+            f"ranks that share a sequence read different data: {most:,} target tokens in this step"
+            f" on one, {-least:,} on another; a document is damaged, or missing, on one node and"
+            " not on another: make data.train the same on every node and start again; nothing is"
+            " lost"
+        )
+    return int(most)
 
 
 def poison(loss: Tensor, total: Tensor, mesh: Mesh, cut: float = math.inf) -> Tensor:

@@ -20,7 +20,7 @@ from train.corpora import Course, start_course
 from train.evaluation.held_out import HeldOut
 from train.guard import Guard
 from train.ledger import open_ledger
-from train.loop import TrainState, train_steps
+from train.loop import OtherDataError, TrainState, train_steps
 from train.planning.expect import expect, gpu_name
 from train.profiling import Traces, snapshot_memory
 from train.ranges import NvtxRanges, name_parts
@@ -50,7 +50,7 @@ def run(config: Config, *, fresh: bool, stop: StopRequest, fork: str | None = No
     # Behind the watchdog's: torch's own end a rank without saying where it was.
     timeout = timedelta(seconds=limits_of(config).backstop_s(Pulse()))
     start_processes(timeout, tight_heap=config.train.ffn_chunk is not None)
-    agree_on(config)
+    agree_on(config, inputs)
     vocab_size = model_vocab_size(config, inputs.train.vocab_size)
     watch = Watch(config, expect(config, vocab_size, dist.get_world_size(), gpu_name()))
     try:
@@ -135,7 +135,12 @@ class Pretraining:
         self.rescue = Rescue(config, self.folder, guard, self.timeline, self.reporter.progress.say)
         self.reporter.announce(state)
         self.traces = self._open_traces()
-        finished = self._train(state, guard)
+        try:
+            finished = self._train(state, guard)
+        except OtherDataError:
+            self.reporter.left_out(state.step + 1)  # it names the file
+            raise
+        self.reporter.left_out(state.step)
         self.pulse.enter("save", state.step)
         self.folder.save_now(state)
         self.folder.ledger.close()  # not after an error: a save may still run beside it

@@ -19,6 +19,7 @@ from train.cluster.lead import LeadTime
 from train.corpora import Course, keys_per_token
 from train.evaluation.held_out import count_parameters, count_trained
 from train.evaluation.positions import Evaluation
+from train.left_out import LeftOut, describe
 from train.loop import StepResult, TrainState
 from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
 from train.profiling import FOLDER
@@ -61,6 +62,7 @@ class Reporter:
         )
         self.peak = peak_flops(mesh.device, config.train.precision)
         self.lead = LeadTime(config.run_dir)
+        self.damage = LeftOut(inputs.train, mesh.device)
         self.status: EndStatus = "FINISHED"
 
     def open(self, stack: contextlib.ExitStack, first_step: int) -> None:
@@ -82,8 +84,9 @@ class Reporter:
             print(text, file=sys.stderr, flush=True)
 
     def announce(self, state: TrainState) -> None:
-        """Say what runs, and write it down."""
+        """Say what runs, and write it down; all ranks call this."""
         if not self.first:
+            self.left_out(state.step)
             return
         config, mesh = self.config, self.mesh
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -110,6 +113,15 @@ class Reporter:
         if text := self._origin(state):
             self.progress.say(text)
             self.tracker.event(text, state.step)
+        self.left_out(state.step)
+
+    def left_out(self, step: int) -> None:
+        """Say what data.on_damage=skip left out since this was asked; all ranks call this."""
+        if self.config.data.on_damage != "skip" or not (texts := self.damage.news()):
+            return
+        text = describe(texts, step)
+        self.progress.say(f"WARNING: {text}")
+        self.timeline.add("left_out", step, text, {"left_out": texts})
 
     def begin_step(self) -> float:
         """Return the time at which a step begins."""
@@ -125,6 +137,7 @@ class Reporter:
             "loss": result.loss,
             "grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
             "lr": result.lr,
+            "targets": result.targets,
             "tokens_per_s": tokens_per_s,
             "mfu": used,
             "time": time.time(),
@@ -138,6 +151,9 @@ class Reporter:
             metrics = {name: value for name, value in row.items() if name not in ("step", "time")}
             metrics |= memory_norms(state) | self.course.metrics(state.step)
             metrics |= self.inputs.metrics() | self._spread(state)
+            self.left_out(state.step)
+            if self.damage.count:
+                metrics["data/left_out"] = float(self.damage.count)
             self.tracker.metrics(metrics, state.step)
         self.progress.update(
             state.step,

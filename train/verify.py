@@ -11,6 +11,7 @@ import numpy as np
 from data.history import History, Range, ranges, read_history
 from data.ledger import FOLDER
 from train.checkpoints.folder import BadCheckpoint, list_checkpoints, read_manifest
+from train.tracking.timeline import read_events
 
 
 class Finding(NamedTuple):
@@ -89,6 +90,12 @@ def check(run: Run) -> Finding:
             f"{history.redone:,} samples were done again after a resume,"
             f" {same if changed else 'the same each time'}"
         )
+    left_out = left_out_of(run.path)
+    if left_out:
+        said.append(
+            f"{len(left_out):,} damaged documents or files were left out of them, padding in their"
+            f" place (data.on_damage=skip): {'; '.join(left_out[:3])}"
+        )
     if in_flight and run.checkpoint:
         said.append(f"{in_flight:,} samples after it are in no checkpoint: a resume does them anew")
     values = {
@@ -104,9 +111,16 @@ def check(run: Run) -> Finding:
         "redone": history.redone,
         "changed": changed,
         "in_flight": in_flight,
+        "left_out": left_out,
         "notes": history.notes,
     }
     return Finding(good, [f"{run.path}: {text}" for text in [*said, *history.notes]], values)
+
+
+def left_out_of(run: Path) -> list[str]:
+    """Return what a run said that it left out as damaged."""
+    events = [event for event in read_events(run) if event["kind"] == "left_out"]
+    return list(dict.fromkeys(text for event in events for text in event["left_out"]))
 
 
 def compare(one: Run, other: Run) -> Finding:

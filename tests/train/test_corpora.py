@@ -17,7 +17,7 @@ from tests.train.attempts import finish, losses
 from tests.train.runs import problems, small
 from tests.train.test_inputs import assert_says, lines, one_line
 from tests.train.test_resume import HALF, STEPS, assert_same_bits, kill_while_at
-from tests.train.tiny import LANES, Shards, tiny
+from tests.train.tiny import LANES, Shards, prepare_shards, tiny
 from train.corpora import choose_course, metric_names, start_course
 from train.settings.config import Config, ConfigError, validate
 from train.starting.inputs import open_inputs
@@ -307,3 +307,22 @@ def test_4_2_3_and_6_ranks_read_a_mixture_as_one_does(
     assert "the same 192 samples in the same order" in "\n".join(found.sentences)
     ours, theirs = (np.array(losses(tmp_path / name)) for name in ("many", "one"))
     np.testing.assert_allclose(ours[:, 1], theirs[:, 1], rtol=1e-6)
+
+
+def test_a_run_says_how_often_it_reads_its_corpus_and_what_is_padding(
+    tmp_path: Path, shards: Shards
+) -> None:
+    short = prepare_shards(tmp_path, documents=40, words=(4, 10))  # 20 to 50 bytes
+    config = config_of(shards, str(short.train), data__segment_len=128, data__sample_len=128)
+    course = choose_course(config, open_inputs(config).train)
+    times, warning = course.describe(10 * course.streams.steps_per_epoch)
+    share = course.shares[0]
+    assert_says(times, str(short.train), f"{share.tokens:,} tokens", "read it 10 times")
+    read = [course.streams.sample(p) for p in range(course.streams.steps_per_epoch * LANES)]
+    segments = [segment for sample in read for segment in sample if segment is not None]
+    padding = 1 - sum(part.stop - part.start for part in segments) / (128 * len(segments))
+    assert padding > 0.5
+    assert_says(warning, f"WARNING: {padding:.0%} of the positions are padding", "data.packing")
+    packed = config_of(shards, str(short.train), data__packing=True, data__segment_len=128,
+                       data__sample_len=128)  # fmt: skip
+    assert len(choose_course(packed, open_inputs(packed).train).describe(10)) == 1

@@ -49,21 +49,29 @@ def _open_fork(config: Config, name: str, *, first: bool) -> tuple[Config, Input
     return fork.config, inputs
 
 
-def agree_on(config: Config) -> None:
-    """Return if all ranks have the same configuration.
+def agree_on(config: Config, inputs: Inputs) -> None:
+    """Return if all ranks have the same configuration, data and checkpoint to begin from.
 
-    Each read the file by itself, and a file can be changed while a job starts. Raises ValueError
-    on all ranks where one differs.
+    Each opened the files by itself, and a file can be changed while a job starts, or be another on
+    another node. Raises ValueError on all ranks where one differs.
     """
-    digest = hashlib.sha256(dump(config).encode()).hexdigest()
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
-    if others:
-        raise ValueError(
-            f"rank {others[0]} has another configuration than rank 0 ({len(others)} ranks have);"
-            " a file was changed while the ranks read it, or nodes see different ones: start again"
-        )
+    start, valid = inputs.start, inputs.valid
+    mine = {
+        "configuration": hashlib.sha256(dump(config).encode()).hexdigest(),
+        "data.train": inputs.train.fingerprint,
+        "data.valid": "" if valid is None else valid.fingerprint,
+        "model.init_from": "" if start is None else f"{start.path} {start.manifest.step}",
+    }
+    ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    for name, value in ranks[0].items():
+        others = [rank for rank, found in enumerate(ranks) if found[name] != value]
+        if others:
+            raise ValueError(
+                f"rank {others[0]} has another {name} than rank 0 ({len(others)} ranks have);"
+                " a file was changed while the ranks read it, or nodes see different ones: start"
+                " again"
+            )
 
 
 def _say(text: str) -> None:

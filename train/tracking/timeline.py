@@ -14,7 +14,7 @@ from train.tracking.tracker import NoTracker, Tracker
 EVENTS = "events.jsonl"
 Kind: TypeAlias = Literal[
     "started", "resumed", "saved", "not_saved", "skipped", "spike", "rolled_back",
-    "straggler", "warned", "preempted", "hang", "failed", "finished",
+    "straggler", "warned", "left_out", "preempted", "hang", "failed", "finished",
 ]  # fmt: skip
 
 
