@@ -22,6 +22,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _on = False
+_KINDS = 64
+"""Of calls to one function; training and evaluation with any memory make up to a dozen."""
 
 
 def use_compiled(on: bool) -> None:
@@ -52,7 +54,12 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.cache  # not before it is asked for: the compiler alone takes seconds to import
     def kernel() -> Callable[P, T]:
-        # Dynamic: one kernel for every shape, so that no result depends on which came first.
+        from torch._dynamo import config as dynamo
+
+        # Dynamic: a kernel for each kind of call (types, dimensions, gradients) and not for each
+        # shape, so that no result depends on which came first. Beyond torch's 8 kinds it would run
+        # the plain function.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _KINDS)
         return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)

@@ -55,6 +55,18 @@ def trained(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Ten
 
 
 @needs_compiler
+def test_no_kind_of_call_is_one_too_many(caplog: pytest.LogCaptureFixture) -> None:
+    use_compiled(True)
+    double = fused(lambda x: x * 2)
+    for dimensions in range(1, 6):
+        for grad in (False, True):
+            assert (
+                double(torch.ones([3] * dimensions, requires_grad=grad)).sum() == 2 * 3**dimensions
+            )
+    assert "recompile_limit" not in caplog.text
+
+
+@needs_compiler
 def test_no_result_depends_on_which_shape_came_first() -> None:
     model = build(config_of(FamMemory(slots=4, window=1)), torch.float32)
     use_compiled(True)
