@@ -5,10 +5,12 @@
 8 query heads, 4 key heads of 64, one thread a process; aten's kernel, or with --compile that of
 `train.compile`. `one process` is the same kernel over the whole sequence while the other processes
 wait. `ring-flash-attention` is that project's zigzag algorithm over the same kernel (ring_peer.py).
-An ideal ring takes 1 / cp of the time of one process; what so many busy cores leave of that is the
-row without messages. On fewer cores than
-processes nothing is faster than the number of cores. Run it on an idle machine: other work slows
-several processes more than one. The heap is settled as in a run (parallel/heap.py).
+An ideal ring takes 1 / cp of the time of one process, if cp busy cores are as fast as one: the row
+`apart` says what the machine leaves of that, every process the whole sequence by itself at the same
+time. The row without messages says what is left of it to parts of a sequence. Each process has a
+core of its own where there are enough; on fewer nothing is faster than their number. Run it on an
+idle machine: other work slows several processes more than one. The heap is settled as in a run
+(parallel/heap.py).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from parallel.ring import Hop, Ring, choose_exchange
 from parallel.slicing import choose_layout
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
-ONE, FLOOR = "one process", "zigzag, no messages sent (wrong results)"
+ONE, APART = "one process", "apart: each process the whole, at the same time"
+FLOOR = "zigzag, no messages sent (wrong results)"
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -71,7 +74,7 @@ def ways(size: int) -> dict[str, Way]:
     """Return every algorithm over all ranks, and one process."""
     group = dist.group.WORLD
     assert group is not None
-    found = {ONE: folded(Whole(), Alone())}
+    found = {ONE: folded(Whole(), Alone()), APART: folded(Whole(), Alone())}
     for exchange, name in (("ring", "zigzag"), ("ring", "contiguous"), ("all_gather", "zigzag")):
         layout = choose_layout(name, size)
         found[f"{exchange}, {name}"] = folded(layout, choose_exchange(exchange, group))
@@ -82,8 +85,11 @@ def ways(size: int) -> dict[str, Way]:
 
 
 def join(rank: int, size: int, folder: str) -> None:
-    """Become a CPU rank as a run's are: heap settled, one thread, gloo."""
+    """Become a CPU rank as a run's are: heap settled, one thread, gloo; a core of its own."""
     settle_heap()
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= size:
+        os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
@@ -110,9 +116,10 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
             begin = time.perf_counter()
             found = run(*mine) if rank == 0 or name != ONE else None
             dist.barrier()
+            seconds = time.perf_counter() - begin
             if turn:
-                took[name].append(time.perf_counter() - begin)
-            elif found is not None and name != FLOOR:
+                took[name].append(seconds / options.cp if name == APART else seconds)
+            elif found is not None and name not in (APART, FLOOR):
                 check(name, found, [x[:, :, places] for x in expected])
     if rank == 0:
         show(took, options)
