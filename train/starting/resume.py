@@ -22,6 +22,7 @@ import torch.distributed as dist
 from data.documents import Documents
 from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
+from train.agree import of_first
 from train.build import Built
 from train.checkpoints import folder as checkpoint
 from train.checkpoints import snapshot
@@ -114,10 +115,9 @@ class RunFolder:
 
     def losses(self) -> list[float]:
         """Return the losses of the steps that had an update, the same on all ranks."""
-        rows = self.history() if self.mesh.rank == 0 else []
-        told = [[row["loss"] for row in rows if math.isfinite(row["grad_norm"])]]
-        dist.broadcast_object_list(told)
-        return told[0]
+        return of_first(
+            lambda: [row["loss"] for row in self.history() if math.isfinite(row["grad_norm"])]
+        )
 
     def save(self, state: TrainState) -> None:
         """Copy every rank's share; it is written beside training, or now if so configured.
@@ -178,11 +178,8 @@ class RunFolder:
 
         All ranks call this together.
         """
-        owed = [False]
-        if self.mesh.rank == 0 and (self.path / OWED).exists():
-            owed = [(self.path / OWED).read_text() == f"{step}\n"]
-        dist.broadcast_object_list(owed)
-        return owed[0]
+        path = self.path / OWED
+        return of_first(lambda: path.exists() and path.read_text() == f"{step}\n")
 
     def evaluated(self) -> None:
         """Write down that no evaluation is owed any longer."""

@@ -6,8 +6,7 @@ import hashlib
 import os
 import sys
 
-import torch.distributed as dist
-
+from train.agree import of_all
 from train.reading import model_vocab_size
 from train.settings.config import Config, dump
 from train.starting.fork import Data, begin_fork, plan_fork
@@ -55,9 +54,7 @@ def agree_on(config: Config) -> None:
     Each read the file by itself, and a file can be changed while a job starts. Raises ValueError
     on all ranks where one differs.
     """
-    digest = hashlib.sha256(dump(config).encode()).hexdigest()
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests = of_all(hashlib.sha256(dump(config).encode()).hexdigest())
     others = [rank for rank, found in enumerate(digests) if found != digests[0]]
     if others:
         raise ValueError(
