@@ -14,7 +14,6 @@ layout). Weights themselves are the rounded masters: not stored.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,18 +22,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data.durable import write_atomically
 from train.agree import of_all, of_first, together
 from train.checkpoints.manifest import (
     BadCheckpoint,
     Manifest,
-    list_checkpoints,
     newest_manifest,
     read_manifest,
     record_verified,
-    step_of,
     values_hash,
     verify,
 )
+from train.checkpoints.names import list_checkpoints, point_to, step_name, step_of
 from train.checkpoints.retention import retain
 
 __all__ = [
@@ -63,7 +62,7 @@ def share_name(rank: int) -> str:
 
 def begin(folder: Path, step: int) -> Path:
     """Return a new temporary folder for a step's checkpoint, empty."""
-    work = folder / f"step-{step:08d}.tmp"
+    work = folder / f"{step_name(step)}.tmp"
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
@@ -80,21 +79,13 @@ def commit(work: Path, manifest: Manifest) -> Path:
     if work.exists():
         values = asdict(manifest)
         values["sha256"] = values_hash(values)
-        _write(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
-        _sync(work)
+        write_atomically(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
         if final.exists():  # the same step again, after going back to an older checkpoint
             final.rename(work.with_suffix(".old"))
         work.rename(final)
         shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
-    _point(final.parent, final)
+    point_to(final)  # which brings the checkpoint's own name to disk, too
     return final
-
-
-def _point(folder: Path, checkpoint: Path) -> None:
-    """Let `latest`, for people and their scripts, name a checkpoint; loading lists the folder."""
-    _write(folder / "latest.tmp", checkpoint.name)
-    (folder / "latest.tmp").rename(folder / "latest")
-    _sync(folder)
 
 
 def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -162,7 +153,7 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(checkpoint.rename(aside))
     if moved:
-        _point(folder, list_checkpoints(folder)[-1])
+        point_to(list_checkpoints(folder)[-1])
     return moved
 
 
@@ -192,17 +183,3 @@ def remove_unfinished(folder: Path) -> list[str]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from train.agree import SomeRankFailed, of_all, of_first, together
 from train.checkpoints.folder import Manifest, begin, commit, share_name
+from train.checkpoints.names import step_name
 from train.checkpoints.tensor_file import specs_of, write_tensors
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class Saver:
 
     def _save(self, manifest: Manifest) -> None:
         began, error, nbytes = time.perf_counter(), None, 0
-        path = self.folder / f"step-{manifest.step:08d}"
+        path = self.folder / step_name(manifest.step)
         try:
             nbytes = self._write(manifest)
         except SomeRankFailed as failed:

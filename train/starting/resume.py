@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.documents import Documents
+from data.durable import write_atomically
 from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
 from train.agree import of_first
@@ -33,7 +34,6 @@ from train.settings.config import Config
 from train.starting.changes import find_changes
 from train.starting.fork import read_parent
 from train.tracking.rows import RowFile, read_rows
-from train.tracking.shipper import write_atomically
 
 OWED = "evaluation_owed"
 """Holds the step whose evaluation a stop cut short."""
@@ -166,7 +166,7 @@ class RunFolder:
     def finish(self) -> None:
         """Write DONE: finished, not only stopped (rank 0)."""
         self._rows.flush()
-        (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
+        write_atomically(self.path / "DONE", f"{self.config.train.steps}\n")
 
     def owe_evaluation(self, step: int) -> None:
         """Write down that the evaluation after this step is still to be done."""
@@ -191,9 +191,7 @@ class RunFolder:
         self._rows.flush()
         rows = [row for row in self.history() if row["step"] <= step]
         self.path.mkdir(parents=True, exist_ok=True)
-        replacement = self.path / "log.jsonl.tmp"
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        replacement.rename(self.path / "log.jsonl")
+        write_atomically(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         (self.path / "DONE").unlink(missing_ok=True)
 
 

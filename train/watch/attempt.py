@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from parallel.mesh import set_timeout
 from train.agree import of_all
-from train.checkpoints.manifest import list_checkpoints
+from train.checkpoints.names import list_checkpoints
 from train.planning.plan import Plan
 from train.settings.config import Config
 from train.tracking.describe import source_commit
