@@ -22,10 +22,11 @@ import numpy as np
 import psutil
 
 from data.counts import counts_file, read_counts, write_counts
+from data.durable import write_atomically
 from data.index import Corpus
 from data.loader import load
 from data.mixture import plan
-from data.shards import INDEX_DTYPE, INDEX_SUFFIX, TOKENIZER, Manifest, Shard, write_atomically
+from data.shards import INDEX_DTYPE, INDEX_SUFFIX, TOKENIZER, Manifest, Shard
 from data.streams import Streams
 from data.tokenizer import ByteTokenizer
 from data.wide import WideCorpus

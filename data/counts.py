@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.durable import write_atomically
 from data.passes import Int64Array
-from data.shards import write_atomically
 from data.wide import WideCorpus
 
 FORMAT = "longhaul-segments-1"

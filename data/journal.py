@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from data.durable import sync, write_atomically
 from data.files import LocalFiles
 from data.index import read_index
-from data.shards import INDEX_SUFFIX, MANIFEST, TOKENIZER, Shard, sync_folder, write_atomically
+from data.shards import INDEX_SUFFIX, MANIFEST, TOKENIZER, Shard
 from data.split import Side
 
 FINISHED = "prepare.json"
@@ -114,7 +115,7 @@ class Journal:
         if not (self._work / _SETTINGS).is_file():
             text = json.dumps({"settings": self._settings}, indent=1)
             write_atomically(self._work / _SETTINGS, text.encode())
-            sync_folder(self.output)
+            sync(self.output)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -131,7 +132,7 @@ class Journal:
             stream.write(json.dumps(entry).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
-        sync_folder(self._work)
+        sync(self._work)
 
     def read(self, dtype: np.dtype[Any]) -> dict[Side, Progress]:
         """Return what was finished before; ValueError if a recorded shard is gone."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from isal.isal_zlib import crc32
 
-from data.shards import write_atomically
+from data.durable import write_atomically
 
 if TYPE_CHECKING:
     from data.streams import Batch

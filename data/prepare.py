@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.durable import write_atomically
 from data.index import Corpus
 from data.inputs import Inputs, find_inputs
 from data.journal import SIDES, Cursor, Journal, Progress, claimed
@@ -24,7 +25,6 @@ from data.shards import (
     Manifest,
     ShardSequence,
     token_dtype,
-    write_atomically,
 )
 from data.split import Side, Split, choose_split
 from data.tokenizer import Tokenizer, TokenizerTraining, load_tokenizer, train_tokenizer

@@ -11,16 +11,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
+
+from data.durable import replace_durably, write_atomically
 
 FORMAT = "longhaul-shards-1"
 MANIFEST = "manifest.json"
@@ -167,32 +168,6 @@ class Manifest:
                 f" {tokenizer.name} (sha256 {tokenizer.sha256[:12]}, {tokenizer.vocab_size}"
                 f" ids); use the {TOKENIZER} beside its shards, or prepare the text again"
             )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename alone may be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_durably(temporary: Path, path: Path, stream: BinaryIO) -> None:
-    """Give what `stream` wrote under a temporary name its own: complete or invisible."""
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file: afterwards it holds the old bytes or the new, never a mixture."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        replace_durably(temporary, path, stream)
 
 
 class ShardWriter:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-import torch.distributed as dist
-
 from data.counts import counts_file, read_counts, write_counts
 from data.index import Corpus
 from data.mixture import Component, Mixture, Share, plan
@@ -17,6 +15,7 @@ from data.passes import Int64Array
 from data.remote import Remote
 from data.streams import Streams
 from data.wide import WideCorpus
+from train.agree import of_first
 from train.reading import choose_reading
 from train.settings.config import Config, ConfigError
 
@@ -165,18 +164,17 @@ def start_course(config: Config, training: Training) -> Course:
         return choose_course(config, training)
     components = training.components if isinstance(training, Mixture) else None
     corpora = [part.corpus for part in components] if components else [training]
-    told: list[list[Int64Array] | str | None] = [None]
-    if dist.get_rank() == 0:
+
+    def count() -> list[Int64Array] | str:
         try:
-            told = [[_count(config, corpus) for corpus in corpora]]
+            return [_count(config, corpus) for corpus in corpora]
         except (ValueError, OSError) as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told)
-    (result,) = told
-    assert result is not None
-    if isinstance(result, str):
-        raise ConfigError(config.name, [f"data.train: {result}"])
-    course = choose_course(config, training, result)
+            return str(error)
+
+    counts = of_first(count)
+    if isinstance(counts, str):
+        raise ConfigError(config.name, [f"data.train: {counts}"])
+    course = choose_course(config, training, counts)
     if problems := epoch_problems(config, course):
         raise ConfigError(config.name, [f"{field}: {text}" for field, text in problems])
     return course

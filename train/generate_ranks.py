@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from parallel.mesh import start_processes
 from parallel.ring import choose_exchange
+from train.agree import SomeRankFailed, of_first, together
 from train.checkpoints.folder import choose_checkpoint, read_manifest
 from train.checkpoints.snapshot import load_model, read_config
 from train.settings.config import Config
@@ -43,20 +43,6 @@ from train.writing import (
 END = -1
 """Told to the ranks in place of a token."""
 
-T = TypeVar("T")
-
-
-class Agreed(Exception):
-    """All ranks end together, each with its own `error`; None: another rank says it.
-
-    Such a rank exits with 0: torchrun ends all ranks at the first one that fails, which must be the
-    one with the message.
-    """
-
-    def __init__(self, error: Exception | None) -> None:
-        super().__init__(str(error))
-        self.error = error
-
 
 def run(
     checkpoint: Path,
@@ -74,15 +60,15 @@ def run(
     """
     joined = not dist.is_initialized()
     start_processes()
-    ended: Agreed | None = None
+    error: Exception | None = None
     try:
         _run(checkpoint, prompt, wanted, context, tokenizer, changes)
-    except Agreed as agreed:
-        ended = agreed
+    except SomeRankFailed as failed:
+        error = choose_error(failed)
     if joined:  # not after one rank's own error: NCCL would wait here for ranks that wait elsewhere
         dist.destroy_process_group()
-    if ended is not None and ended.error is not None:
-        raise ended.error
+    if error is not None:
+        raise error
     return 0
 
 
@@ -151,35 +137,19 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
-def together(work: Callable[[], T]) -> T:
-    """Return this rank's work() if that of every rank succeeds; else all of them raise Agreed.
+def choose_error(failed: SomeRankFailed) -> Exception | None:
+    """Return what this rank ends with; None: another rank says it.
 
-    Rank 0 then has the message, its own or another rank's; what is no ValueError keeps its
-    traceback on its own rank.
+    Rank 0 has the message, its own or another rank's; what is no ValueError keeps its traceback on
+    its own rank. A rank without an error exits with 0: torchrun ends all ranks at the first one
+    that fails, which must be the one with the message.
     """
-    result: T | None = None
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if error is None else str(error) or type(error).__name__)
-    failed = [rank for rank, text in enumerate(texts) if text is not None]
-    if not failed:
-        return result  # type: ignore[return-value]
-    if error is not None and (dist.get_rank() == 0 or not isinstance(error, ValueError)):
-        raise Agreed(error)
+    if failed.own is not None and (dist.get_rank() == 0 or not isinstance(failed.own, ValueError)):
+        return failed.own
     if dist.get_rank() == 0:
-        raise Agreed(ValueError(f"rank {failed[0]}: {texts[failed[0]]}"))
-    raise Agreed(None)
-
-
-def of_first(work: Callable[[], T]) -> T:
-    """Return on every rank what work() returns on rank 0, the only one that does it."""
-    told: list[T | None] = [together(work if dist.get_rank() == 0 else lambda: None)]
-    dist.broadcast_object_list(told)
-    return told[0]  # type: ignore[return-value]
+        rank, text = next(iter(failed.errors.items()))
+        return ValueError(f"rank {rank}: {text}")
+    return None
 
 
 @contextlib.contextmanager

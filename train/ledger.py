@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from data.ledger import FOLDER, Header, Ledger, NoLedger, next_attempt
 from parallel.mesh import Mesh
+from train.agree import SomeRankFailed, of_first, together
 from train.settings.config import Config
 
 
@@ -16,13 +15,14 @@ def open_ledger(config: Config, mesh: Mesh, position: int, data: str) -> Ledger 
     get the same samples. OSError on all ranks where one cannot begin its file.
     """
     folder = config.run_dir / FOLDER
-    number = [next_attempt(folder)]
-    dist.broadcast_object_list(number)  # ranks may not see a shared folder alike at one moment
-    ledger: Ledger | NoLedger = NoLedger()
-    problem: str | None = None
-    if mesh.tp_rank == 0 and mesh.cp_rank == 0:
+    # Ranks may not see a shared folder alike at one moment.
+    attempt = of_first(lambda: next_attempt(folder))
+
+    def begin() -> Ledger | NoLedger:
+        if mesh.tp_rank or mesh.cp_rank:
+            return NoLedger()
         header = Header(
-            attempt=number[0],
+            attempt=attempt,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,
             position=position,
@@ -36,13 +36,9 @@ def open_ledger(config: Config, mesh: Mesh, position: int, data: str) -> Ledger 
                 "corpus": data,
             },
         )
-        try:
-            ledger = Ledger(folder, header)
-        except OSError as error:
-            problem = f"rank {mesh.rank}: {error}"
-    problems: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(problems, problem)
-    found = [text for text in problems if text is not None]
-    if found:
-        raise OSError(f"the data ledger cannot be begun: {'; '.join(found)}")
-    return ledger
+        return Ledger(folder, header)
+
+    try:
+        return together(begin)
+    except SomeRankFailed as failed:
+        raise OSError(f"the data ledger cannot be begun: {failed}") from failed

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from train.agree import of_all
 from train.corpora import Training
 
 _SHOWN = 3
@@ -32,9 +33,8 @@ class LeftOut:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         if not most.item():
             return []
-        found: list[Sequence[str]] = [()] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-        new = [text for text in dict.fromkeys(sum(map(list, found), [])) if text not in self._known]
+        found = dict.fromkeys(text for texts in of_all(own) for text in texts)
+        new = [text for text in found if text not in self._known]
         self._known.update(new)
         return new
 

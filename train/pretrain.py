@@ -30,7 +30,7 @@ from train.rescue import Rescue
 from train.settings.config import Config
 from train.signals import StopAgreed, StopRequest
 from train.starting.again import continue_command
-from train.starting.init_from import Start, take_weights, verify_together
+from train.starting.init_from import Start, take_weights, verify_start
 from train.starting.inputs import Inputs
 from train.starting.provenance import is_ours
 from train.starting.resume import RunFolder
@@ -88,7 +88,7 @@ def build_from(start: Start | None, config: Config, model_config: ModelConfig, m
     """Return the model with initial weights, or those of a checkpoint to start from."""
     if start is None:
         return build(config, model_config, mesh)
-    verify_together(config, start)
+    verify_start(config, start)
     return build(config, model_config, mesh, lambda model: take_weights(model, start, mesh))
 
 

@@ -14,6 +14,7 @@ import torch
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh
 from train.build import Built
+from train.checkpoints.names import step_name
 from train.checkpoints.saver import Result
 from train.cluster.lead import LeadTime
 from train.corpora import Course, keys_per_token
@@ -198,7 +199,7 @@ class Reporter:
             evaluation=evaluation,
             formula=FORMULA_NAME,
             peak_source=self.peak.source,
-            checkpoint=self.folder.checkpoints / f"step-{state.step:08d}",
+            checkpoint=self.folder.checkpoints / step_name(state.step),
             tracking=self.tracker.uri if isinstance(self.tracker, Tracker) else "off",
             continue_command=continue_command(steps=2 * self.config.train.steps),
         )

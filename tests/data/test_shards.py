@@ -8,7 +8,7 @@ import pytest
 import webdataset as wds
 
 from data.index import Corpus
-from data.shards import Manifest, ShardWriter, write_atomically, write_corpus
+from data.shards import Manifest, ShardWriter, write_corpus
 from tests.data.corpora import Numbers, open_numbers, snapshot, write_numbers
 
 LENGTHS = [9, 1, 30, 64, 100, 2, 5]
@@ -63,40 +63,6 @@ def test_an_open_shard_has_no_final_name(tmp_path: Path) -> None:
     writer.add(np.arange(5))
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.tar.tmp"]
     writer.abandon()
-
-
-def test_a_failed_rename_leaves_the_old_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("power cut")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="power cut"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
-def test_a_file_is_durable_before_its_name_and_its_name_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    rename = os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        calls.append(f"rename {source.name} to {target.name}")
-        rename(source, target)
-
-    def fsync(descriptor: int) -> None:
-        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(os, "fsync", fsync)
-    write_atomically(tmp_path / "file", b"content")
-    assert calls == ["sync file.tmp", "rename file.tmp to file", f"sync {tmp_path.name}"]
 
 
 @pytest.mark.parametrize("bad", [-1, 100])

@@ -33,7 +33,7 @@ from tests.train.attempts import (
 )
 from tests.train.faults import Fault, applicable
 from tests.train.tiny import LANES, Shards, tiny
-from train.checkpoints.manifest import list_checkpoints, step_of
+from train.checkpoints.names import list_checkpoints, step_of
 from train.settings.config import Config, validate
 from train.verify import verify as verify_runs
 

@@ -283,7 +283,7 @@ def losses(run_dir: Path) -> list[tuple[float, ...]]:
 def checkpoint_names(run_dir: Path) -> list[str]:
     """Return what the checkpoints folder holds; a kill may have met the pointer's renaming."""
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
-    return sorted({"latest" if name == "latest.tmp" else name for name in names})
+    return sorted({"latest" if name.startswith("latest.") else name for name in names})
 
 
 def tensors_of(run_dir: Path, step: int) -> dict[str, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from train.checkpoints.manifest import list_checkpoints
+from train.checkpoints.names import list_checkpoints
 
 
 class Fault(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from tests.train.runs import longhaul
 from tests.train.stored import damage, store_run
 from train.checkpoints.listing import describe_age, describe_bytes
-from train.checkpoints.manifest import list_checkpoints
+from train.checkpoints.names import list_checkpoints
 
 
 def names(run: Path) -> list[str]:

@@ -25,7 +25,8 @@ from tests.train.attempts import (
 from tests.train.faults import flip_bit
 from tests.train.runs import longhaul, write
 from tests.train.tiny import Shards, prepare_shards, tiny
-from train.checkpoints.manifest import list_checkpoints, read_manifest, verify
+from train.checkpoints.manifest import read_manifest, verify
+from train.checkpoints.names import list_checkpoints
 from train.settings.config import Config, ConfigError, validate
 from train.starting.changes import find_changes
 from train.starting.fork import PARENT, Data, begin_fork, plan_fork, what_is_kept

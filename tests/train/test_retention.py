@@ -7,7 +7,7 @@ import pytest
 from tests.train.stored import damage, store
 from train.checkpoints import manifest as stored
 from train.checkpoints import retention
-from train.checkpoints.manifest import list_checkpoints, step_of
+from train.checkpoints.names import list_checkpoints, step_of
 from train.checkpoints.retention import is_good, retain
 
 
@@ -112,10 +112,10 @@ def test_a_folder_that_cannot_be_written_is_still_judged(
 ) -> None:
     path = store(tmp_path, 10)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError("read-only")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(stored, "write_atomically", refuse)
     assert is_good(path)
     assert not (path / stored.VERIFIED).exists()
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from tests.ranks import run_ranks
 from tests.train.attempts import forked
 from tests.train.saves import manifest_of, open_saver, save_step, saved
-from train.checkpoints import folder as checkpoint
 from train.checkpoints import saver
 from train.checkpoints.folder import find_newest_good, list_checkpoints, remove_unfinished, verify
 
@@ -208,15 +207,15 @@ def test_a_rank_killed_inside_a_save_leaves_no_checkpoint(rank: int, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001"]
 
 
-@pytest.mark.parametrize("call", range(1, 5))
+@pytest.mark.parametrize("call", range(1, 6))
 def test_wherever_a_save_is_killed_checkpoints_are_complete_or_invisible(
     call: int, tmp_path: Path
 ) -> None:
-    # calls of _sync: the manifest, the folder, the pointer, the parent folder
-    with forked(1, tmp_path, save_then_die, tmp_path, checkpoint, "_sync", call, 0) as attempt:
+    # calls of fsync: the share, the manifest, the folder, the pointer, the parent folder
+    with forked(1, tmp_path, save_then_die, tmp_path, os, "fsync", call, 0) as attempt:
         assert attempt.wait() == [-signal.SIGKILL]
     steps = [verify(path).step for path in list_checkpoints(tmp_path)]
-    assert steps == ([1] if call <= 2 else [1, 2])
+    assert steps == ([1] if call <= 3 else [1, 2])
     remove_unfinished(tmp_path)
     saved(tmp_path, 2, ranks=1)  # the next attempt can
     assert [verify(path).step for path in list_checkpoints(tmp_path)] == [1, 2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.streams import Batch
@@ -14,6 +13,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, build_mesh
 from parallel.tensor import Cut, cut_of
 from parallel.whole import WholeEngine
+from train.agree import of_all
 from train.build import Built, build
 from train.checking.batches import make_batches, take_lanes
 from train.checking.plain import Step, Trained, enliven
@@ -145,8 +145,7 @@ class _Recorder:
     def weights(self) -> dict[str, Tensor]:
         """Return masters, and weights that are frozen, joined from the ranks' shares."""
         mine = [(f.name, f.start, f.values["master"].clone()) for f in self.engine.fragments()]
-        ranks: list[Any] = [None] * self.mesh.zero_size
-        dist.all_gather_object(ranks, mine, group=self.mesh.zero_group)
+        ranks = of_all(mine, self.mesh.zero_group)
         shares: dict[str, dict[int, Tensor]] = {name: {} for name in self.parameters}
         for name, start, share in (fragment for rank in ranks for fragment in rank):
             shares[name][start] = share

@@ -14,7 +14,6 @@ layout). Weights themselves are the rounded masters: not stored.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,16 +22,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data.durable import write_atomically
+from train.agree import of_all, of_first, together
 from train.checkpoints.manifest import (
     BadCheckpoint,
     Manifest,
-    list_checkpoints,
     newest_manifest,
     read_manifest,
     record_verified,
     values_hash,
     verify,
 )
+from train.checkpoints.names import list_checkpoints, point_to, step_name, step_of
 from train.checkpoints.retention import retain
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "set_aside_after",
     "share_name",
     "verify",
+    "verify_together",
 ]
 
 
@@ -60,7 +62,7 @@ def share_name(rank: int) -> str:
 
 def begin(folder: Path, step: int) -> Path:
     """Return a new temporary folder for a step's checkpoint, empty."""
-    work = folder / f"step-{step:08d}.tmp"
+    work = folder / f"{step_name(step)}.tmp"
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
@@ -77,21 +79,13 @@ def commit(work: Path, manifest: Manifest) -> Path:
     if work.exists():
         values = asdict(manifest)
         values["sha256"] = values_hash(values)
-        _write(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
-        _sync(work)
+        write_atomically(work / "manifest.json", json.dumps(values, indent=1, sort_keys=True))
         if final.exists():  # the same step again, after going back to an older checkpoint
             final.rename(work.with_suffix(".old"))
         work.rename(final)
         shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
-    _point(final.parent, final)
+    point_to(final)  # which brings the checkpoint's own name to disk, too
     return final
-
-
-def _point(folder: Path, checkpoint: Path) -> None:
-    """Let `latest`, for people and their scripts, name a checkpoint; loading lists the folder."""
-    _write(folder / "latest.tmp", checkpoint.name)
-    (folder / "latest.tmp").rename(folder / "latest")
-    _sync(folder)
 
 
 def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -100,40 +94,51 @@ def find_newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Ma
     Each rank verifies its share of the files. None where there is no checkpoint at all. Raises
     ValueError where there are some and none is good: to begin again unasked would be worse.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    listed = [list_checkpoints(folder)]
-    dist.broadcast_object_list(listed)  # ranks may not see a shared folder alike at one moment
-    newest_step: int | None = None
-    for checkpoint in reversed(listed[0]):
-        problem: str | None = None
-        manifest: Manifest | None = None
+    # Ranks may not see a shared folder alike at one moment.
+    listed = of_first(lambda: list_checkpoints(folder))
+    for checkpoint in reversed(listed):
         began = time.perf_counter()
         try:
-            manifest = read_manifest(checkpoint)
-            verify(checkpoint, sorted(manifest.files)[rank::world])
-        except (BadCheckpoint, OSError) as error:
-            problem = str(error)
-        problems: list[str | None] = [None] * world
-        dist.all_gather_object(problems, problem)
-        found = [text for text in problems if text is not None]
-        step = int(checkpoint.name.removeprefix("step-"))
-        newest_step = step if newest_step is None else newest_step
-        if not found:
-            assert manifest is not None
-            if rank == 0:
-                record_verified(checkpoint, manifest)
-            size, seconds = manifest.nbytes, time.perf_counter() - began
-            say(f"verified {checkpoint}: {size / 1e6:,.1f} MB, {size / seconds / 1e6:,.0f} MB/s")
-            if step != newest_step:
-                say(f"resuming from step {step}: {newest_step - step} steps are lost")
-            return checkpoint, manifest
-        say(f"checkpoint not used: {'; '.join(dict.fromkeys(found))}")
-    if listed[0]:
+            manifest = verify_together(checkpoint)
+        except BadCheckpoint as error:
+            say(f"checkpoint not used: {error}")
+            continue
+        if dist.get_rank() == 0:
+            record_verified(checkpoint, manifest)
+        size, seconds = manifest.nbytes, time.perf_counter() - began
+        say(f"verified {checkpoint}: {size / 1e6:,.1f} MB, {size / seconds / 1e6:,.0f} MB/s")
+        if checkpoint != listed[-1]:
+            step, newest = step_of(checkpoint), step_of(listed[-1])
+            say(f"resuming from step {step}: {newest - step} steps are lost")
+        return checkpoint, manifest
+    if listed:
         raise ValueError(
-            f"none of the {len(listed[0])} checkpoints in {folder} is good, see above; mend one, or"
+            f"none of the {len(listed)} checkpoints in {folder} is good, see above; mend one, or"
             " begin again with --fresh, which keeps this run's folder under another name"
         )
     return None
+
+
+def verify_together(checkpoint: Path) -> Manifest:
+    """Return the manifest after each rank has compared its share of the files.
+
+    Raises BadCheckpoint, on all ranks, with what is wrong with the files of any.
+    """
+
+    def compare() -> Manifest | str:
+        try:
+            names = sorted(read_manifest(checkpoint).files)
+            return verify(checkpoint, names[dist.get_rank() :: dist.get_world_size()])
+        except (BadCheckpoint, OSError) as error:
+            return str(error)
+
+    compared = together(compare)
+    mine = compared if isinstance(compared, str) else None
+    found = dict.fromkeys(text for text in of_all(mine) if text is not None)
+    if found:
+        raise BadCheckpoint("; ".join(found))
+    assert isinstance(compared, Manifest)
+    return compared
 
 
 def set_aside_after(folder: Path, step: int) -> list[Path]:
@@ -143,12 +148,12 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
     """
     moved = []
     for checkpoint in list_checkpoints(folder):
-        if int(checkpoint.name.removeprefix("step-")) > step:
+        if step_of(checkpoint) > step:
             aside = checkpoint.with_suffix(".bad")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(checkpoint.rename(aside))
     if moved:
-        _point(folder, list_checkpoints(folder)[-1])
+        point_to(list_checkpoints(folder)[-1])
     return moved
 
 
@@ -178,17 +183,3 @@ def remove_unfinished(folder: Path) -> list[str]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 from train.checkpoints.manifest import (
     BadCheckpoint,
     Manifest,
-    list_checkpoints,
     read_manifest,
     size_fault,
-    step_of,
     verified_at,
 )
+from train.checkpoints.names import list_checkpoints, step_of
 from train.checkpoints.retention import LEAST_GOOD, kept_for_ever
 
 LEFTOVERS = {

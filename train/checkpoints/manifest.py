@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.durable import write_atomically
 from data.patience import patiently
+from train.checkpoints.names import list_checkpoints
 
 FORMAT = 2
 VERIFIED = "verified.json"
@@ -52,16 +53,6 @@ class Manifest:
 
 class BadCheckpoint(Exception):
     """A checkpoint folder that must not be loaded; says what is wrong with it."""
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in folder, oldest first."""
-    return sorted(path for path in folder.glob("step-????????") if path.is_dir())
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's folder is named for."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -183,10 +174,8 @@ def record_verified(checkpoint: Path, manifest: Manifest) -> None:
     Where the folder cannot be written, nothing is: the next one who asks hashes again.
     """
     with contextlib.suppress(OSError):
-        text = json.dumps({"at": time.time(), "files": _appearance(checkpoint, manifest)})
-        scratch = checkpoint / f"{VERIFIED}.{os.getpid()}"
-        scratch.write_text(text)
-        scratch.replace(checkpoint / VERIFIED)
+        record = {"at": time.time(), "files": _appearance(checkpoint, manifest)}
+        write_atomically(checkpoint / VERIFIED, json.dumps(record), rivals=True)
 
 
 def verified_at(checkpoint: Path, manifest: Manifest) -> float | None:

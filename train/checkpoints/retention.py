@@ -13,13 +13,12 @@ from pathlib import Path
 
 from train.checkpoints.manifest import (
     BadCheckpoint,
-    list_checkpoints,
     read_manifest,
     record_verified,
-    step_of,
     verified_at,
     verify,
 )
+from train.checkpoints.names import LATEST, list_checkpoints, point_to, step_of
 
 LEAST_GOOD = 2
 LIVE_S = 600
@@ -122,16 +121,9 @@ def remove(paths: Iterable[Path]) -> None:
     for path in paths:
         folder, name = path.resolve().parent, path.resolve().name
         delete(path.resolve())
-        pointer = folder / "latest"
+        pointer = folder / LATEST
         if pointer.exists() and pointer.read_text() == name:
-            point(folder, list_checkpoints(folder))
-
-
-def point(folder: Path, checkpoints: Sequence[Path]) -> None:
-    """Let `latest`, for people and their scripts, name the newest; loading lists the folder."""
-    if not checkpoints:
-        (folder / "latest").unlink(missing_ok=True)
-        return
-    scratch = folder / "latest.tmp"
-    scratch.write_text(checkpoints[-1].name)
-    scratch.replace(folder / "latest")
+            if rest := list_checkpoints(folder):
+                point_to(rest[-1])
+            else:
+                pointer.unlink(missing_ok=True)

@@ -14,14 +14,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.agree import SomeRankFailed, of_all, of_first, together
 from train.checkpoints.folder import Manifest, begin, commit, share_name
+from train.checkpoints.names import step_name
 from train.checkpoints.tensor_file import specs_of, write_tensors
+
+T = TypeVar("T")
 
 RETRY_AFTER_S = (1.0, 5.0, 20.0, 40.0)
 """A disk that refuses is tried again after so long; then this save has failed."""
@@ -115,9 +119,11 @@ class Saver:
 
     def _save(self, manifest: Manifest) -> None:
         began, error, nbytes = time.perf_counter(), None, 0
-        path = self.folder / f"step-{manifest.step:08d}"
+        path = self.folder / step_name(manifest.step)
         try:
             nbytes = self._write(manifest)
+        except SomeRankFailed as failed:
+            error = f"checkpoint not saved: {failed}"
         except Exception as problem:  # a thread's error is seen by nobody else
             error = str(problem) or type(problem).__name__
         self._result = Result(manifest.step, path, nbytes, time.perf_counter() - began, error)
@@ -125,20 +131,20 @@ class Saver:
 
     def _write(self, manifest: Manifest) -> int:
         """Write, agree and commit; return the bytes of this rank's share."""
-        first = self.rank == 0
-        work = self._together(lambda: begin(self.folder, manifest.step) if first else None)[0]
+        work = of_first(self._patient(lambda: begin(self.folder, manifest.step)), self.group)
+        path = work / share_name(self.rank)
 
-        def write() -> tuple[str, dict[str, Any]]:
+        def write() -> dict[str, Any]:
             self.sync()
-            path = work / share_name(self.rank)
             digest = write_tensors(path, specs_of(self._copies), self._copies.__getitem__)
-            return path.name, {"sha256": digest, "bytes": path.stat().st_size}
+            return {"sha256": digest, "bytes": path.stat().st_size}
 
-        files = dict(self._together(write))
-        self._together(lambda: commit(work, replace(manifest, files=files)) if first else None)
-        if first:
+        mine = together(self._patient(write), self.group)
+        files = dict(of_all((path.name, mine), self.group))
+        of_first(self._patient(lambda: commit(work, replace(manifest, files=files))), self.group)
+        if self.rank == 0:
             self._tidy()
-        size: int = files[share_name(self.rank)]["bytes"]
+        size: int = mine["bytes"]
         return size
 
     def _tidy(self) -> None:
@@ -148,25 +154,16 @@ class Saver:
         except Exception as error:
             self.say(f"after a checkpoint: {str(error) or type(error).__name__}")
 
-    def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Run action on every rank; return all results, or raise on all what failed on any."""
-        try:
-            mine: tuple[Any, str | None] = (self._tried(action), None)
-        except Exception as error:  # whatever it is: the others must not wait for this rank
-            mine = (None, f"rank {self.rank}: {error}")
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=self.group)
-        errors = [error for _, error in everyone if error is not None]
-        if errors:
-            raise OSError("checkpoint not saved: " + "; ".join(errors))
-        return [result for result, _ in everyone]
+    def _patient(self, action: Callable[[], T]) -> Callable[[], T]:
+        """Return the action that is tried again where the disk refuses."""
 
-    def _tried(self, action: Callable[[], Any]) -> Any:
-        """Return action's result, tried again where the disk refuses."""
-        for wait_s in RETRY_AFTER_S:
-            try:
-                return action()
-            except OSError as error:
-                self.say(f"checkpoint, rank {self.rank}: {error}; again in {wait_s:.0f} s")
-                time.sleep(wait_s)
-        return action()
+        def act() -> T:
+            for wait_s in RETRY_AFTER_S:
+                try:
+                    return action()
+                except OSError as error:
+                    self.say(f"checkpoint, rank {self.rank}: {error}; again in {wait_s:.0f} s")
+                    time.sleep(wait_s)
+            return action()
+
+        return act

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from train.checkpoints.names import list_checkpoints, step_of
 from train.cluster.failure import FOLDER, REFUSED, first_failure
 
 ATTEMPTS = "attempts.jsonl"
@@ -172,9 +172,7 @@ def _failed_alike(attempts: Sequence[Ended]) -> int | None:
 
 def newest_step(run_dir: Path) -> int | None:
     """Return the step of the newest checkpoint, None without one."""
-    names = (path.name for path in (run_dir / "checkpoints").glob("step-*"))
-    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
-    return max(steps, default=None)
+    return max(map(step_of, list_checkpoints(run_dir / "checkpoints")), default=None)
 
 
 def ended_attempts(run_dir: Path, job: str | None) -> list[Ended]:

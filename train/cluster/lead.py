@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from train.tracking.shipper import write_atomically
+from data.durable import write_atomically
 
 TIMING = "timing.json"
 ASKED = "LEAD_S"

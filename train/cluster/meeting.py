@@ -18,9 +18,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from data.durable import write_atomically
 from train.cluster.failure import FOLDER
 from train.cluster.preflight import Found
-from train.tracking.shipper import write_atomically
 
 WAIT_S = 45.0
 """For nodes that are slow to start; together with the ring under two minutes, whatever fails."""

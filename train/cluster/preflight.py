@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from train.checkpoints.manifest import list_checkpoints
+from train.checkpoints.names import list_checkpoints
 
 FREE_BYTES = 1 << 30
 """On the disk of the run folder, at least; or twice its newest checkpoint."""

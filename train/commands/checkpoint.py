@@ -84,7 +84,7 @@ def verify(
       longhaul checkpoint verify runs/quickstart/checkpoints/step-00000200
     """  # noqa: D301
     from train.checkpoints.listing import checkpoints_folder, describe_bytes, is_checkpoint
-    from train.checkpoints.manifest import list_checkpoints
+    from train.checkpoints.names import list_checkpoints
 
     chosen = [what] if is_checkpoint(what) else list_checkpoints(checkpoints_folder(what))
     workers = threads or os.cpu_count() or 1

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from data.index import Corpus
 from model.decoder import Output
 from model.memory.base import State
 from parallel.mesh import Mesh
+from train.agree import of_first
 from train.build import Built
 from train.evaluation.evaluate import costs, describe, say_verdict, write_files
 from train.evaluation.layout_reader import LayoutReader, scattered_lanes
@@ -175,9 +174,7 @@ def _share_text(questions: Questions) -> None:
     Each read it by itself, and a damaged file may have been left out on one node alone.
     """
     filler = questions.filler
-    held: list[Any] = [filler.pieces, filler.counts]
-    dist.broadcast_object_list(held, src=0)
-    filler.pieces, filler.counts = held
+    filler.pieces, filler.counts = of_first(lambda: (filler.pieces, filler.counts))
 
 
 def count_parameters(built: Built) -> int:

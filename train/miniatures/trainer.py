@@ -8,7 +8,6 @@ that seed's training, or only its check, anew.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.durable import write_atomically
 from model.decoder import Decoder
 from model.init import count_parameters
 from train.miniatures.check import Checked, check
@@ -151,6 +151,4 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

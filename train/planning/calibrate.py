@@ -16,6 +16,7 @@ import torch.distributed as dist
 import yaml
 from torch.multiprocessing.spawn import spawn
 
+from data.durable import write_atomically
 from model.kernels import choose_kernel
 from train.metrics import Precision, peak_flops
 from train.planning.cluster import Cluster
@@ -86,7 +87,7 @@ def calibrate(path: Path) -> Iterator[str]:
         "restart_s": 600,
     }
     Cluster.model_validate(values)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False))
     yield f"written: {path}; try `longhaul plan FILE --gpu {path}`"
 
 

@@ -23,21 +23,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from data.durable import sync, write_atomically
 from data.ledger import FOLDER, list_files
 from train.checkpoints.folder import begin, commit
-from train.checkpoints.manifest import (
-    BadCheckpoint,
-    Manifest,
-    file_hash,
-    list_checkpoints,
-    newest_manifest,
-    verify,
-)
+from train.checkpoints.manifest import BadCheckpoint, Manifest, file_hash, newest_manifest, verify
+from train.checkpoints.names import list_checkpoints, step_name
 from train.checkpoints.tensor_copy import copy_tensors
 from train.huggingface.tokenizer_files import require_trained_on
 from train.settings.config import Config, ConfigError, apply_overrides, parse_overrides, validate
 from train.starting.changes import Change, find_changes
-from train.tracking.shipper import write_atomically
 
 PARENT = "parent.json"
 Kept = Literal["everything", "weights and moments", "weights"]
@@ -89,7 +83,7 @@ def plan_fork(config: Config, name: str, data: Data) -> Fork:
         )
     changes = find_changes(config, manifest, data.vocab_size)
     keeps = what_is_kept(changes, manifest.data == data.fingerprint)
-    newest = _checkpoints(config) / f"step-{manifest.step:08d}"
+    newest = _checkpoints(config) / step_name(manifest.step)
     if keeps == "weights":
         # Every rank finds it by itself; reading the weights compares the hashes.
         child = _starting_from(child, newest)
@@ -202,8 +196,7 @@ def _share(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(target)
         if file_hash(source) != file_hash(target):
             raise OSError(f"{target} was not copied as {source} is") from None
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from model.config import ModelConfig
@@ -28,7 +27,7 @@ from train.checkpoints.folder import (
     Manifest,
     list_checkpoints,
     read_manifest,
-    verify,
+    verify_together,
 )
 from train.checkpoints.merged import MergedWeights
 from train.settings.config import Config, ConfigError, validate
@@ -167,24 +166,17 @@ def _other_shapes(ours: ModelConfig, start: Start) -> list[tuple[str, str]]:
     return [(FIELD, text)]
 
 
-def verify_together(config: Config, start: Start) -> None:
+def verify_start(config: Config, start: Start) -> None:
     """Compare the checkpoint's hashes, each rank its share of the files.
 
     Raises ConfigError on all ranks where one found a file that is not as written.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    problem: str | None = None
     try:
-        verify(start.path, sorted(start.manifest.files)[rank::world])
-    except (BadCheckpoint, OSError) as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * world
-    dist.all_gather_object(problems, problem)
-    found = dict.fromkeys(text for text in problems if text is not None)
-    if found:
+        verify_together(start.path)
+    except BadCheckpoint as error:
         older = [path for path in list_checkpoints(start.path.parent) if path < start.path]
         remedy = f"name an older one, such as {older[-1]}" if older else "name another checkpoint"
-        raise ConfigError(config.name, [f"{FIELD}: {text}; {remedy}" for text in found])
+        raise ConfigError(config.name, [f"{FIELD}: {error}; {remedy}"]) from None
 
 
 @torch.no_grad()

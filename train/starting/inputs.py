@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data.index import Corpus
 from data.remote import Remote
-from train.checkpoints.manifest import (
-    FORMAT,
-    Manifest,
-    list_checkpoints,
-    newest_manifest,
-    saved_format,
-)
+from train.checkpoints.manifest import FORMAT, Manifest, newest_manifest, saved_format
+from train.checkpoints.names import list_checkpoints
 from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
 from train.huggingface.tokenizer_files import require_trained_on
 from train.reading import model_vocab_size

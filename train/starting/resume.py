@@ -20,8 +20,10 @@ from typing import Any
 import torch.distributed as dist
 
 from data.documents import Documents
+from data.durable import write_atomically
 from data.ledger import Ledger, NoLedger
 from parallel.mesh import Mesh
+from train.agree import of_first
 from train.build import Built
 from train.checkpoints import folder as checkpoint
 from train.checkpoints import snapshot
@@ -32,7 +34,6 @@ from train.settings.config import Config
 from train.starting.changes import find_changes
 from train.starting.fork import read_parent
 from train.tracking.rows import RowFile, read_rows
-from train.tracking.shipper import write_atomically
 
 OWED = "evaluation_owed"
 """Holds the step whose evaluation a stop cut short."""
@@ -114,10 +115,9 @@ class RunFolder:
 
     def losses(self) -> list[float]:
         """Return the losses of the steps that had an update, the same on all ranks."""
-        rows = self.history() if self.mesh.rank == 0 else []
-        told = [[row["loss"] for row in rows if math.isfinite(row["grad_norm"])]]
-        dist.broadcast_object_list(told)
-        return told[0]
+        return of_first(
+            lambda: [row["loss"] for row in self.history() if math.isfinite(row["grad_norm"])]
+        )
 
     def save(self, state: TrainState) -> None:
         """Copy every rank's share; it is written beside training, or now if so configured.
@@ -166,7 +166,7 @@ class RunFolder:
     def finish(self) -> None:
         """Write DONE: finished, not only stopped (rank 0)."""
         self._rows.flush()
-        (self.path / "DONE").write_text(f"{self.config.train.steps}\n")
+        write_atomically(self.path / "DONE", f"{self.config.train.steps}\n")
 
     def owe_evaluation(self, step: int) -> None:
         """Write down that the evaluation after this step is still to be done."""
@@ -178,11 +178,8 @@ class RunFolder:
 
         All ranks call this together.
         """
-        owed = [False]
-        if self.mesh.rank == 0 and (self.path / OWED).exists():
-            owed = [(self.path / OWED).read_text() == f"{step}\n"]
-        dist.broadcast_object_list(owed)
-        return owed[0]
+        path = self.path / OWED
+        return of_first(lambda: path.exists() and path.read_text() == f"{step}\n")
 
     def evaluated(self) -> None:
         """Write down that no evaluation is owed any longer."""
@@ -194,9 +191,7 @@ class RunFolder:
         self._rows.flush()
         rows = [row for row in self.history() if row["step"] <= step]
         self.path.mkdir(parents=True, exist_ok=True)
-        replacement = self.path / "log.jsonl.tmp"
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        replacement.rename(self.path / "log.jsonl")
+        write_atomically(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         (self.path / "DONE").unlink(missing_ok=True)
 
 

@@ -6,8 +6,7 @@ import hashlib
 import os
 import sys
 
-import torch.distributed as dist
-
+from train.agree import of_all
 from train.reading import model_vocab_size
 from train.settings.config import Config, dump
 from train.starting.fork import Data, begin_fork, plan_fork
@@ -56,14 +55,14 @@ def agree_on(config: Config, inputs: Inputs) -> None:
     another node. Raises ValueError on all ranks where one differs.
     """
     start, valid = inputs.start, inputs.valid
-    mine = {
-        "configuration": hashlib.sha256(dump(config).encode()).hexdigest(),
-        "data.train": inputs.train.fingerprint,
-        "data.valid": "" if valid is None else valid.fingerprint,
-        "model.init_from": "" if start is None else f"{start.path} {start.manifest.step}",
-    }
-    ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    ranks = of_all(
+        {
+            "configuration": hashlib.sha256(dump(config).encode()).hexdigest(),
+            "data.train": inputs.train.fingerprint,
+            "data.valid": "" if valid is None else valid.fingerprint,
+            "model.init_from": "" if start is None else f"{start.path} {start.manifest.step}",
+        }
+    )
     for name, value in ranks[0].items():
         others = [rank for rank, found in enumerate(ranks) if found[name] != value]
         if others:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from train.tracking.shipper import write_atomically
+from data.durable import write_atomically
 from train.tracking.tracker import NoTracker, Tracker
 
 _SLURM = (

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from data.durable import write_atomically
 from train.tracking.shipper import (
     SESSION,
     SPOOL,
@@ -17,7 +18,6 @@ from train.tracking.shipper import (
     read_progress,
     read_rows,
     shipper_environment,
-    write_atomically,
 )
 from train.tracking.tracker import run_url, without_password
 
@@ -57,9 +57,8 @@ def replay(run: Path, timeout_s: float) -> Left:
     """
     session, folder = read_session(run), (run / "tracking").resolve()
     if _left(folder):
-        write_atomically(
-            folder / SESSION, json.dumps(asdict(replace(session, drain_s=timeout_s))), mode=0o600
-        )
+        text = json.dumps(asdict(replace(session, drain_s=timeout_s)))
+        write_atomically(folder / SESSION, text, mode=0o600, rivals=True)
         subprocess.run(
             [sys.executable, "-P", "-m", "train.tracking.shipper", str(folder)],
             stdin=subprocess.DEVNULL,  # the trainer went: ship the rest, and end

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from data.durable import write_atomically
 from train.tracking.rows import rows_of
 
 if TYPE_CHECKING:
@@ -73,16 +74,6 @@ class RunGoneError(Exception):
 
 class RefusedError(Exception):
     """The server will never take this batch."""
-
-
-def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
-    """Put `text` at `path` so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -313,9 +304,9 @@ class Shipper:
             file.write(json.dumps(row | {"refused": str(error)}) + "\n")
 
     def _commit(self, progress: Progress) -> None:
-        write_atomically(self._folder / PROGRESS, json.dumps(asdict(progress)))
+        write_atomically(self._folder / PROGRESS, json.dumps(asdict(progress)), rivals=True)
         if progress.run_id and progress.run_id != self._progress.run_id:
-            write_atomically(self._folder / RUN_ID, progress.run_id + "\n")
+            write_atomically(self._folder / RUN_ID, progress.run_id + "\n", rivals=True)
         self._progress = progress
 
 

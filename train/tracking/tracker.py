@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
+from data.durable import write_atomically
 from train.tracking.shipper import (
     SESSION,
     SPOOL,
@@ -37,7 +38,6 @@ from train.tracking.shipper import (
     Session,
     read_progress,
     shipper_environment,
-    write_atomically,
 )
 from train.tracking.system_metrics import SystemMetrics
 

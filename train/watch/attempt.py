@@ -14,7 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from parallel.mesh import set_timeout
-from train.checkpoints.manifest import list_checkpoints
+from train.agree import of_all
+from train.checkpoints.names import list_checkpoints
 from train.planning.plan import Plan
 from train.settings.config import Config
 from train.tracking.describe import source_commit
@@ -45,8 +46,7 @@ class Watch:
         """All ranks make theirs together, once they have met."""
         self.planned = planned
         self.rank, self.node = dist.get_rank(), node_name()
-        self.nodes = [""] * dist.get_world_size()
-        dist.all_gather_object(self.nodes, self.node)
+        self.nodes = of_all(self.node)
         self.timeline = Timeline(config.run_dir, writes=self.rank == 0)
         self.pulse, self.waiting = Pulse(), Waiting(choose_clock())
         self.limits = limits_of(config, planned.time.total)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from train.checkpoints.manifest import BadCheckpoint, list_checkpoints, read_manifest, step_of
+from train.checkpoints.manifest import BadCheckpoint, read_manifest
+from train.checkpoints.names import list_checkpoints, step_of
 from train.tracking.progress import duration, percent, short
 from train.tracking.rows import read_rows
 from train.tracking.timeline import read_events
