@@ -67,3 +67,29 @@ def test_ranks_of_longhaul_that_leave_no_done_are_started_again(tmp_path: Path) 
     done = attempt(run_dir, *command, ranks=f"touch {run_dir}/DONE")
     assert "REQUEUED" not in done.stdout
     assert rows(run_dir)[-1]["status"] == "done"
+
+
+def test_a_forks_attempts_are_written_down_in_its_own_folder(tmp_path: Path) -> None:
+    parent, fork = tmp_path / "parent", tmp_path / "fork"
+    parent.mkdir()
+    (parent / "DONE").touch()
+    file = write(tmp_path, small())
+    command = ("longhaul", "pretrain", file, f"run_dir={parent}", "--fork", "fork")
+    again = attempt(parent, *command, ranks='echo "notes in $ATTEMPT_FOLDER"')
+    assert f"attempt 1 of {fork}\n" in again.stdout, again.stderr
+    assert f"RANKS of {fork}: 1 {' '.join(map(str, command))}\n" in again.stdout
+    assert f"notes in {fork}/attempt\n" in again.stdout
+    assert [row["attempt"] for row in rows(fork)] == [1, 1]
+    assert [path.name for path in parent.iterdir()] == ["DONE"]
+
+
+def test_a_fork_that_is_refused_touches_no_folder(tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "DONE").touch()
+    command = ("longhaul", "pretrain", write(tmp_path, small()), f"run_dir={tmp_path}/parent")
+    refused = attempt(tmp_path / "parent", *command, "--fork", "stranger")
+    assert refused.returncode == 2
+    assert "is another run's folder already; give another name" in refused.stderr
+    assert "RANKS" not in refused.stdout and "REQUEUED" not in refused.stdout
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["DONE", "run.yaml", "stranger"]

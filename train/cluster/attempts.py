@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from train.cluster.failure import FOLDER, REFUSED, first_failure
+from train.cluster.failure import FOLDER, PREFLIGHT, REFUSED, first_failure
 
 ATTEMPTS = "attempts.jsonl"
 MAX_FAILED = 3
@@ -85,6 +85,11 @@ def begin(run_dir: Path, *, job: str | None, nodes: Sequence[str], lost: Sequenc
     }
     _append(run_dir, started)
     return number
+
+
+def is_note(name: str) -> bool:
+    """Return whether a file of this name in a run folder is a job's own, and not the run's."""
+    return name in (ATTEMPTS, FOLDER) or name.startswith(PREFLIGHT)
 
 
 def unended_nodes(run_dir: Path) -> tuple[list[str], str | None]:
