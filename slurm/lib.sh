@@ -222,10 +222,18 @@ back_to_queue() {
 }
 
 # run_until_done RANKS_PER_NODE COMMAND...: one attempt: run the ranks to their end, and go back to
-# the queue if there should be another. Attempts and their ends are in RUN_DIR/attempts.jsonl;
-# RUN_DIR/DONE, written after the last step, says that nothing is left to do.
+# the queue if there should be another. RUN_DIR becomes the folder that COMMAND writes, which is not
+# the script's where COMMAND begins a fork. Attempts and their ends are in RUN_DIR/attempts.jsonl;
+# RUN_DIR/DONE, written after the last step, says that nothing is left to do; of a COMMAND that is
+# not longhaul's, the exit code 0 does.
 run_until_done() {
-  local status=0 verdict action exclude
+  local status=0 verdict action exclude without_done=yes
+  if [[ ${2##*/} == longhaul && ${3:-} == pretrain ]]; then
+    without_done=''
+    # A fork's, or run_dir='s among the overrides: what that RUN_DIR is it alone knows. A command
+    # that it refuses ends the job here, before anything is written into a folder.
+    RUN_DIR=$(here "$2" pretrain --print-run-dir "${@:4}")
+  fi
   export LEAD_S ATTEMPT_FOLDER="$RUN_DIR/attempt"
   ATTEMPT=$(here python -m train.cluster.job begin "$RUN_DIR" --lead "$LEAD_S" \
     --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | commas)")
@@ -238,7 +246,8 @@ run_until_done() {
     await_ranks || status=$?
   fi
   verdict=$(here python -m train.cluster.job end "$RUN_DIR" --code "$status" \
-    --stopped-by "$STOPPED_BY" --unfit "$UNFIT" ${CANCELLED:+--cancelled})
+    --stopped-by "$STOPPED_BY" --unfit "$UNFIT" ${CANCELLED:+--cancelled} \
+    ${without_done:+--without-done})
   read -r action exclude <<<"$verdict"
   case $action in
     done) return 0 ;;

@@ -21,7 +21,7 @@ trap 'EARLY=USR1' USR1 # until lib.sh takes over
 # ---- the site: edit here, or export before sbatch -------------------------------------------
 # Account, partition, QOS, time: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, SBATCH_TIMELIMIT.
 # Tracking: MLFLOW_TRACKING_URI. The network, where NCCL chooses wrongly: NCCL_SOCKET_IFNAME.
-RUN_DIR=${RUN_DIR:-runs/pretrain_8b} # checkpoints, metrics, DONE; set it here, not by run_dir=
+RUN_DIR=${RUN_DIR:-runs/pretrain_8b} # checkpoints, metrics, attempts, DONE
 CONTAINER=${CONTAINER:-} # an image with longhaul in it, run by pyxis; empty: .venv of this folder
 LEAD_S=${LEAD_S:-300} # as in --signal above; the log says when steps and saves take longer
 TRAIN_NODES=${TRAIN_NODES:-8} # ask for more with sbatch --nodes=9: one that is unfit is left out

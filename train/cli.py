@@ -169,6 +169,13 @@ def pretrain(
             " checkpoint: for what cannot change in the middle of a run. This one stays as it is.",
         ),
     ] = None,
+    print_run_dir: Annotated[
+        bool,
+        typer.Option(
+            "--print-run-dir",
+            help="Print the folder that this command writes, and do nothing: for job scripts.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or go on where its run stopped.
 
@@ -188,9 +195,15 @@ def pretrain(
     """  # noqa: D301
     from train.settings.config import load
 
-    config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = None if print_run_dir else int(os.environ.get("WORLD_SIZE", "1"))
+    config = load(file, overrides or (), world_size=ranks)
     if fresh and fork is not None:
         raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
+    if print_run_dir:
+        from train.starting.fork_name import name_fork
+
+        typer.echo((config if fork is None else name_fork(config, fork)[0]).run_dir)
+        return
     fresh = fresh and not _is_restart()
     from train.quiet import quieten_libraries
     from train.signals import StopRequest

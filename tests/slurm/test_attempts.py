@@ -154,6 +154,44 @@ def test_done_is_done(tmp_path: Path) -> None:
     assert not (tmp_path / "DONE").exists()
 
 
+def test_ranks_that_end_well_without_done_have_not_finished(tmp_path: Path) -> None:
+    start(tmp_path)
+    log(tmp_path, 12)
+    verdict = finish(tmp_path, 0)
+    assert verdict.action == "requeue"
+    ended = rows(tmp_path)[-1]
+    assert (ended["status"], ended["step"]) == ("stopped", 12)
+    assert "the ranks exited with 0 and wrote no DONE" in str(ended["reason"])
+
+
+def test_ending_well_without_done_is_not_repeated_for_ever(tmp_path: Path) -> None:
+    actions = []
+    for _ in range(MAX_IDLE + 1):
+        start(tmp_path)
+        actions.append(finish(tmp_path, 0).action)
+    assert actions == ["requeue"] * MAX_IDLE + ["stop"]
+
+
+def test_a_command_that_writes_no_done_is_finished_by_its_exit_code(tmp_path: Path) -> None:
+    start(tmp_path)
+    assert finish(tmp_path, 0, writes_done=False).action == "done"
+    start(tmp_path)
+    assert finish(tmp_path, 0, writes_done=False, stopped_by="USR1").action == "requeue"
+    start(tmp_path)
+    assert finish(tmp_path, 1, writes_done=False).action == "requeue"
+
+
+def test_an_attempt_that_is_no_longer_written_down_ends_the_job(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / ATTEMPTS).unlink()
+    verdict = finish(tmp_path, 0, stopped_by="USR1")
+    assert verdict.action == "stop"
+    assert "has no attempt that could end" in verdict.reason
+    assert "submit again" in verdict.reason
+    (tmp_path / "DONE").touch()
+    assert finish(tmp_path, 0).action == "done"
+
+
 def test_a_stop_goes_back_to_the_queue_unless_somebody_cancelled(tmp_path: Path) -> None:
     start(tmp_path)
     assert finish(tmp_path, 0, stopped_by="USR1").action == "requeue"

@@ -120,6 +120,27 @@ def test_pretrain_runs_the_checked_configuration(tmp_path: Path) -> None:
     assert done.returncode == 7
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ([], "runs/small"),
+        (["name=other"], "runs/other"),
+        (["run_dir=a/b", "run_dir=a/c", "name=other"], "a/c"),
+        (["--fork", "child"], "runs/child"),
+        (["--fork=child", "run_dir=a/b", "--fork", "other"], "a/other"),
+    ],
+)
+def test_the_folder_that_a_command_writes_is_told_without_torch(
+    tmp_path: Path, words: list[str], folder: str
+) -> None:
+    path = write(tmp_path, small(parallel__tp=2))  # on one rank, that of the asking script
+    code = "import sys\nfrom train.cli import main\ntry:\n    main()\nfinally:\n"
+    code += "    assert 'torch' not in sys.modules"
+    told = longhaul("pretrain", "--print-run-dir", path, *words, code=code)
+    assert told.stdout == f"{folder}\n", told.stderr
+    assert told.returncode == 0
+
+
 def test_a_requeued_job_is_not_fresh_again(tmp_path: Path) -> None:
     path = write(tmp_path, small(run_dir=str(tmp_path / "run")))
     code = _STUBBED.format(name="train.pretrain")

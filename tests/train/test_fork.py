@@ -27,9 +27,12 @@ from tests.train.runs import longhaul, write
 from tests.train.tiny import Shards, prepare_shards, tiny
 from train.checkpoints.manifest import read_manifest, verify
 from train.checkpoints.names import list_checkpoints
+from train.cluster.attempts import begin as begin_attempt
+from train.cluster.attempts import end as end_attempt
 from train.settings.config import Config, ConfigError, validate
 from train.starting.changes import find_changes
-from train.starting.fork import PARENT, Data, begin_fork, plan_fork, what_is_kept
+from train.starting.fork import Data, begin_fork, plan_fork, what_is_kept
+from train.starting.fork_name import PARENT
 from train.starting.start import open_run
 from train.verify import verify as verify_runs
 
@@ -203,6 +206,19 @@ def test_the_same_command_goes_on_with_the_fork(parent: Path, shards: Shards) ->
     assert "begins with" not in text and "resumed at step 4" in text
     assert [row["step"] for row in read_rows(child)] == [1, 2, 3, 4, 5, 6]
     remove(child)
+
+
+def test_a_jobs_notes_do_not_take_the_forks_name(parent: Path, shards: Shards) -> None:
+    folder = parent.with_name("in_a_job")
+    assert begin_attempt(folder, job="7", nodes=["a"], lost=[]) == 1
+    (folder / ".preflight-a-12").touch()  # its writer was killed
+    checkpoint = begun(validate(settings(parent, shards, seed=3)), folder.name)
+    verify(checkpoint)
+    assert (
+        end_attempt(folder, code=0, stopped_by="USR1", cancelled=False, preflight=None).action
+        == "requeue"
+    )
+    remove(folder)
 
 
 def test_a_fork_that_was_cut_short_is_made_again(parent: Path, shards: Shards) -> None:

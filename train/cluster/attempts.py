@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from train.checkpoints.names import list_checkpoints, step_of
-from train.cluster.failure import FOLDER, REFUSED, first_failure
+from train.cluster.failure import FOLDER, PREFLIGHT, REFUSED, first_failure
 
 ATTEMPTS = "attempts.jsonl"
 MAX_FAILED = 3
@@ -87,6 +87,11 @@ def begin(run_dir: Path, *, job: str | None, nodes: Sequence[str], lost: Sequenc
     return number
 
 
+def is_note(name: str) -> bool:
+    """Return whether a file of this name in a run folder is a job's own, and not the run's."""
+    return name in (ATTEMPTS, FOLDER) or name.startswith(PREFLIGHT)
+
+
 def unended_nodes(run_dir: Path) -> tuple[list[str], str | None]:
     """Return the nodes of an attempt that did not write its end, and when it began."""
     row = _unended(_rows(run_dir))
@@ -101,19 +106,27 @@ def end(
     cancelled: bool,
     preflight: str | None,
     lost: Sequence[str] = (),
+    writes_done: bool = True,
 ) -> Verdict:
     """Write down that the attempt ended, and return what is to be done.
 
     code: what the ranks ended with. stopped_by: the signal that the script or the ranks heard.
     cancelled: somebody cancelled the job. preflight: the nodes, with commas, without which too few
-    were left. lost: nodes that SLURM says went down meanwhile.
+    were left. lost: nodes that SLURM says went down meanwhile. writes_done: the ranks leave
+    DONE behind their last step, as those of `longhaul pretrain` do; else the code 0 says as much.
     """
-    row = _unended(_rows(run_dir))
-    assert row is not None, f"{run_dir / ATTEMPTS} has no attempt that could end"
+    row, done = _unended(_rows(run_dir)), (run_dir / "DONE").exists()
+    if row is None:
+        # Another attempt would not be counted either, and could so be followed for ever.
+        return Verdict("done", "all steps done") if done else Verdict("stop", _not_open(run_dir))
     stopped_by = stopped_by or _read(run_dir / FOLDER / "stopped")
-    if (run_dir / "DONE").exists() or (code == 0 and not stopped_by and not preflight):
+    ended_well = code == 0 and not stopped_by and not preflight
+    if done or (ended_well and not writes_done):
         _end(run_dir, row, "done", "all steps done", None)
         return Verdict("done", "all steps done")
+    if ended_well:
+        # They leave a note where they were stopped, but a full disk keeps it from them.
+        stopped_by = "the ranks exited with 0 and wrote no DONE"
     if preflight and not stopped_by:
         reason = f"preflight: {preflight} not fit, and too few nodes left without"
         ended = _end(run_dir, row, "failed", reason, preflight.split(",")[0], preflight=True)
@@ -132,6 +145,14 @@ def end(
         if failure.code == REFUSED and ended.step == (row["from_step"] or 0):
             return Verdict("stop", f"{ended.reason}; another attempt would end the same")
     return _judged(run_dir, ended)
+
+
+def _not_open(run_dir: Path) -> str:
+    return (
+        f"{run_dir / ATTEMPTS} has no attempt that could end: the run folder was moved or emptied"
+        " while the ranks ran, or another job uses it and ended this job's attempt. See that one"
+        " job alone has the folder, then submit again: the run goes on from its newest checkpoint"
+    )
 
 
 def judge(attempts: Sequence[Ended]) -> Verdict:

@@ -19,6 +19,9 @@ from typing import NamedTuple
 FOLDER = "attempt"
 """Of a run folder: what the nodes of the attempt that runs, or ran last, have to say."""
 
+PREFLIGHT = ".preflight-"
+"""What the names of files begin with by which preflight sees that it can write."""
+
 REFUSED = 2
 """Exit code of what the user must change first; before the first step, nothing else can help."""
 

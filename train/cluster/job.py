@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--stopped-by", default="", help="the signal that the script heard")
     parser.add_argument("--cancelled", action="store_true", help="by somebody, for good")
     parser.add_argument("--unfit", default="", help="nodes that preflight refused, with commas")
+    parser.add_argument("--without-done", action="store_true", help="the ranks write none")
     given = parser.parse_args()
     if given.word == "begin":
         _begin(given.run_dir, given.nodes.split(","), given.lead)
@@ -40,6 +41,7 @@ def main() -> None:
             cancelled=given.cancelled,
             preflight=given.unfit or None,
             lost=_lost(given.run_dir),
+            writes_done=not given.without_done,
         )
         _say(f"{verdict.action}: {verdict.reason}")
         print(verdict.action, ",".join(verdict.exclude))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.checkpoints.names import list_checkpoints
+from train.cluster.failure import PREFLIGHT
 
 FREE_BYTES = 1 << 30
 """On the disk of the run folder, at least; or twice its newest checkpoint."""
@@ -118,7 +119,7 @@ def check_shm(ranks: int) -> Found:
 def check_writing(run_dir: Path) -> Found:
     """Return how long a small file takes to be on the run folder's disk, and back."""
     began = time.perf_counter()
-    path = run_dir / f".preflight-{socket.gethostname()}-{os.getpid()}"
+    path = run_dir / f"{PREFLIGHT}{socket.gethostname()}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

@@ -30,10 +30,10 @@ from train.checkpoints.manifest import BadCheckpoint, Manifest, file_hash, newes
 from train.checkpoints.names import list_checkpoints, step_name
 from train.checkpoints.tensor_copy import copy_tensors
 from train.huggingface.tokenizer_files import require_trained_on
-from train.settings.config import Config, ConfigError, apply_overrides, parse_overrides, validate
+from train.settings.config import Config, apply_overrides, parse_overrides, validate
 from train.starting.changes import Change, find_changes
+from train.starting.fork_name import PARENT, fork_problem, name_fork
 
-PARENT = "parent.json"
 Kept = Literal["everything", "weights and moments", "weights"]
 OPTIMIZER = ("master/", "exp_avg/", "exp_avg_sq/")
 """What tensors of weights and moments are called; see train.checkpoints.stored."""
@@ -62,22 +62,14 @@ def plan_fork(config: Config, name: str, data: Data) -> Fork:
     data: config's. Raises ConfigError where there is nothing to fork, another run has the name, or
     the data's tokenizer is not the parent's.
     """
-    child = _renamed(config, name)
-    # Looked at before the parent is read: rank 0, which may be further, writes that first.
-    taken = child.run_dir.exists() and any(
-        not path.name.startswith(PARENT) for path in child.run_dir.iterdir()
-    )
-    origin = read_parent(child.run_dir)
-    ours = origin is not None and Path(origin["run"]) == config.run_dir
-    if origin is not None and ours and list_checkpoints(_checkpoints(child)):
+    child, origin = name_fork(config, name)
+    if origin is not None and list_checkpoints(_checkpoints(child)):
         if origin["keeps"] == "weights":
             child = _starting_from(child, Path(origin["checkpoint"]))
         return Fork(config.run_dir, child, origin["keeps"], begun=True)
-    if not ours and (taken or origin is not None):
-        raise _problem(name, f"{child.run_dir} is another run's folder already; give another name")
     manifest = newest_manifest(_checkpoints(config))
     if manifest is None:
-        raise _problem(
+        raise fork_problem(
             name,
             f"{config.run_dir} has no checkpoint to begin from; leave --fork out for a new run",
         )
@@ -92,7 +84,7 @@ def plan_fork(config: Config, name: str, data: Data) -> Fork:
         try:
             require_trained_on(newest, manifest, data.tokenizer_sha256, corpora)
         except ValueError as error:
-            raise _problem(name, f"data.train: {error}") from None
+            raise fork_problem(name, f"data.train: {error}") from None
     return Fork(config.run_dir, child, keeps, begun=False)
 
 
@@ -127,15 +119,6 @@ def begin_fork(fork: Fork, data: Data, say: Callable[[str], None]) -> None:
     elif fork.keeps == "weights and moments":
         _take_optimizer(fork.config, checkpoint, manifest, origin, data)
     say(f"{folder} begins with {fork.keeps} of {checkpoint} (step {manifest.step})")
-
-
-def read_parent(run_dir: Path) -> dict[str, Any] | None:
-    """Return where a run comes from: its parent's run, checkpoint, step; None for a first one."""
-    try:
-        found: dict[str, Any] = json.loads((run_dir / PARENT).read_text())
-    except FileNotFoundError:
-        return None
-    return found
 
 
 def _take_everything(
@@ -211,24 +194,9 @@ def _newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manife
     raise ValueError(f"{folder} has no good checkpoint to begin from")
 
 
-def _renamed(config: Config, name: str) -> Config:
-    """Return the configuration of a run beside this one."""
-    values = config.model_dump(mode="json")
-    values |= {"name": name, "run_dir": str(config.run_dir.parent / name)}
-    values["model"]["init_from"] = None  # it begins from its parent
-    child = validate(values, source=f"--fork {name}")
-    if child.run_dir == config.run_dir:
-        raise _problem(name, "this run itself has the name; give another one")
-    return child
-
-
 def _starting_from(config: Config, checkpoint: Path) -> Config:
     change = parse_overrides([f"model.init_from={checkpoint}"])
     return validate(apply_overrides(config.model_dump(mode="json"), change))
-
-
-def _problem(name: str, text: str) -> ConfigError:
-    return ConfigError(f"--fork {name}", [text])
 
 
 def _checkpoints(config: Config) -> Path:

@@ -32,7 +32,7 @@ from train.checkpoints.stored import Stored
 from train.loop import TrainState
 from train.settings.config import Config
 from train.starting.changes import find_changes
-from train.starting.fork import read_parent
+from train.starting.fork_name import read_parent
 from train.tracking.rows import RowFile, read_rows
 
 OWED = "evaluation_owed"
