@@ -35,7 +35,7 @@ app = typer.Typer(
         "Pretrain language models on documents longer than a device holds.\n\n"
         "Begin on a laptop, in three commands:\n\n"
         "\b\n"
-        "  longhaul prepare stdlib --output runs/quickstart-data\n"
+        "  longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1\n"
         "  longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1\n"
         "  longhaul evaluate runs/quickstart\n\n"
         "On several ranks: torchrun --no-python --nproc-per-node 4 longhaul pretrain FILE."
@@ -106,7 +106,7 @@ def prepare(
 
     \b
     Examples:
-      longhaul prepare stdlib --output runs/quickstart-data
+      longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1
       longhaul prepare books/ papers.jsonl.zst --output shards --train-tokenizer 32000
 
     Next: set data.train to OUTPUT/train and data.valid to OUTPUT/valid, then
@@ -135,18 +135,10 @@ def prepare(
         text_key=text_key,
         force=force,
     )
-    if done.reused:
-        typer.echo(f"{done.output} holds just this already; --force writes it anew")
-    for side, manifest in (("train", done.train), ("valid", done.valid)):
-        if manifest is not None:
-            typer.echo(
-                f"{done.output / side}: {manifest.documents:,} documents,"
-                f" {manifest.tokens:,} tokens, {len(manifest.shards):,} shards"
-            )
-    if done.empty_documents:
-        typer.echo(f"left out as empty: {done.empty_documents:,} documents")
-    if done.ignored:
-        typer.echo(f"left out as no text: {len(done.ignored):,} files, such as {done.ignored[0]}")
+    for line in done.lines():
+        typer.echo(line)
+    for line in done.warnings():
+        typer.echo(f"WARNING: {line}", err=True)
 
 
 @app.command()

@@ -15,7 +15,8 @@ import pytest
 from data import sources
 from data.index import Corpus
 from data.journal import claimed
-from data.prepare import Prepared, prepare
+from data.prepare import prepare
+from data.prepared import Prepared
 from data.split import choose_split
 from data.tokenizer import ByteTokenizer, TokenizerTraining
 from tests.data.corpora import snapshot
