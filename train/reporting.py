@@ -174,7 +174,7 @@ class Reporter:
         history = self.folder.history()
         picture = plot(self.folder.path, history=history, evaluation=evaluation, title=self.title)
         self.tracker.artifact(picture)
-        self.folder.finish()
+        self.folder.finish(state.step)
         self.timeline.add("finished", state.step, f"finished at step {state.step}")
         text = summarise(
             self.folder.path,
@@ -184,7 +184,7 @@ class Reporter:
             peak_source=self.peak.source,
             checkpoint=self.folder.checkpoints / f"step-{state.step:08d}",
             tracking=self.tracker.uri if isinstance(self.tracker, Tracker) else "off",
-            continue_command=continue_command(steps=2 * self.config.train.steps),
+            continue_command=continue_command(steps=2 * state.step),
         )
         self.progress.say(text)
 

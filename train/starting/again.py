@@ -1,10 +1,43 @@
-"""The command line that goes on with this run."""
+"""How this run is gone on with: the command line, and whether there is anything left to do."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from train.tracking.timeline import read_events
+
+
+def is_finished(run_dir: Path, step: int) -> bool:
+    """Return whether an attempt before this one finished the run at this step, evaluation and all.
+
+    DONE does not say it: a job deletes it when it begins. All ranks call this together, with rank
+    0's answer.
+    """
+    found = [False]
+    if dist.get_rank() == 0:
+        events = (event for event in read_events(run_dir) if event["kind"] == "finished")
+        found = [any(event["step"] == step for event in events)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def nothing_left(run_dir: Path, step: int, steps: int) -> str:
+    """Return what is said of a run at a step that has reached train.steps=steps."""
+    where = f"step {step} of {steps}" if step == steps else f"step {step}, train.steps={steps}"
+    return (
+        f"nothing left to train: {where}; {more_steps(step)}"
+        f" (`longhaul evaluate {run_dir}` measures it anew)"
+    )
+
+
+def more_steps(step: int) -> str:
+    """Return what to do for a run at this step to go on."""
+    return f"give train.steps={2 * step}, or another number above {step}"
 
 
 def continue_command(steps: int | None = None) -> str:
