@@ -8,8 +8,9 @@ apart (so D301, raw docstrings, does not fit: the character itself must be there
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,6 +30,9 @@ from train.commands.submit import submit
 from train.commands.track import track
 from train.starting.provenance import check_provenance, is_ours
 
+if TYPE_CHECKING:
+    from train.settings.config import Config
+
 app = typer.Typer(
     name="longhaul",
     help=(
@@ -38,13 +42,36 @@ app = typer.Typer(
         "  longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1\n"
         "  longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1\n"
         "  longhaul evaluate runs/quickstart\n\n"
-        "On several ranks: torchrun --no-python --nproc-per-node 4 longhaul pretrain FILE."
+        "On several ranks:\n\n"
+        "\b\n"
+        "  torchrun --standalone --no-python --nproc-per-node 4 longhaul pretrain FILE"
     ),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain text: the same in a terminal and in a job's log
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"longhaul {version('longhaul')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="The run's YAML file.", show_default=False)
@@ -172,15 +199,13 @@ def pretrain(
     \b
     Examples:
       longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1
-      torchrun --no-python --nproc-per-node 4 longhaul pretrain configs/quickstart.yaml
+      torchrun --standalone --no-python --nproc-per-node 4 longhaul pretrain configs/quickstart.yaml
       longhaul pretrain FILE model.memory.name=none name=without_memory
       longhaul pretrain FILE data.train=books/train --fork on_books
 
     Next: `longhaul evaluate runs/<name>`, or look at MLflow; `longhaul config` explains keys.
     """  # noqa: D301
-    from train.settings.config import load
-
-    config = load(file, overrides or (), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    config = _load_for_ranks(file, overrides or (), fresh=fresh, fork=fork)
     if fresh and fork is not None:
         raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
     fresh = fresh and not _is_restart()
@@ -226,6 +251,7 @@ def config(
     """  # noqa: D301
     import json
 
+    from data.wording import counted
     from train.settings.config import dump, load
     from train.settings.config import schema as config_schema
 
@@ -243,7 +269,9 @@ def config(
     )
     if world_size is not None:
         tp, cp = resolved.parallel.tp, resolved.parallel.cp
-        typer.echo(f"# {world_size} ranks: tp {tp} x cp {cp} x dp {world_size // (tp * cp)}")
+        typer.echo(
+            f"# {counted(world_size, 'rank')}: tp {tp} x cp {cp} x dp {world_size // (tp * cp)}"
+        )
     typer.echo(dump(resolved), nl=False)
 
 
@@ -383,6 +411,26 @@ def main() -> None:
             # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
         sys.exit(REFUSED)
+
+
+def _load_for_ranks(
+    file: Path, overrides: Sequence[str], *, fresh: bool, fork: str | None
+) -> "Config":
+    """Return the configuration of these ranks; where one was started for several, say how to."""
+    from train.settings.config import ConfigError, load
+    from train.starting.again import launch_command
+
+    world_size = os.environ.get("WORLD_SIZE")
+    try:
+        return load(file, overrides, world_size=int(world_size or 1))
+    except ConfigError as error:
+        if world_size is not None:
+            raise
+        parallel = load(file, overrides).parallel  # raises what has nothing to do with ranks
+        words = ["pretrain", str(file), *overrides, *(["--fresh"] if fresh else [])]
+        words += ["--fork", fork] if fork is not None else []
+        command = launch_command(parallel.tp * parallel.cp, *words)
+        raise ValueError(f"{error}\nstart them with:\n  {command}") from None
 
 
 def _is_restart() -> bool:

@@ -29,12 +29,13 @@ from train.reporting import Reporter
 from train.rescue import Rescue
 from train.settings.config import Config
 from train.signals import StopAgreed, StopRequest
-from train.starting.again import continue_command, is_finished, nothing_left
+from train.starting.again import continue_command, nothing_left
 from train.starting.init_from import Start, take_weights, verify_together
 from train.starting.inputs import Inputs
 from train.starting.provenance import is_ours
 from train.starting.resume import RunFolder
 from train.starting.start import agree_on, open_run
+from train.tracking.timeline import read_events
 from train.watch.attempt import Watch, limits_of
 from train.watch.pulse import Pulse, follow_layers, follow_segments
 
@@ -156,7 +157,11 @@ class Pretraining:
         steps = self.config.train.steps
         if step < steps:
             return False
-        finished = is_finished(self.config.run_dir, step)
+        # The timeline says it; DONE does not, for a job deletes it when it begins.
+        events = read_events(self.config.run_dir) if self.mesh.rank == 0 else []
+        told = [any((e["kind"], e["step"]) == ("finished", step) for e in events)]
+        dist.broadcast_object_list(told)
+        (finished,) = told
         if step == steps and not finished:
             return False
         self.reporter.say(nothing_left(self.config.run_dir, step, steps))

@@ -7,24 +7,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
-from train.tracking.timeline import read_events
-
-
-def is_finished(run_dir: Path, step: int) -> bool:
-    """Return whether an attempt before this one finished the run at this step, evaluation and all.
-
-    DONE does not say it: a job deletes it when it begins. All ranks call this together, with rank
-    0's answer.
-    """
-    found = [False]
-    if dist.get_rank() == 0:
-        events = (event for event in read_events(run_dir) if event["kind"] == "finished")
-        found = [any(event["step"] == step for event in events)]
-    dist.broadcast_object_list(found)
-    return found[0]
-
 
 def nothing_left(run_dir: Path, step: int, steps: int) -> str:
     """Return what is said of a run at a step that has reached train.steps=steps."""
@@ -38,6 +20,12 @@ def nothing_left(run_dir: Path, step: int, steps: int) -> str:
 def more_steps(step: int) -> str:
     """Return what to do for a run at this step to go on."""
     return f"give train.steps={2 * step}, or another number above {step}"
+
+
+def launch_command(ranks: int, *words: str) -> str:
+    """Return the command line that starts so many ranks of `longhaul words...` on this machine."""
+    torchrun = ["torchrun", "--standalone", "--no-python", "--nproc-per-node", str(ranks)]
+    return shlex.join([*torchrun, "longhaul", *words])
 
 
 def continue_command(steps: int | None = None) -> str:
