@@ -35,7 +35,8 @@ class Prepared:
             if manifest is not None:
                 yield (
                     f"{self.output / side}: {counted(manifest.documents, 'document')},"
-                    f" {counted(manifest.tokens, 'token')}, {counted(len(manifest.shards), 'shard')}"
+                    f" {counted(manifest.tokens, 'token')},"
+                    f" {counted(len(manifest.shards), 'shard')}"
                 )
         if self.empty_documents:
             yield f"left out as empty: {counted(self.empty_documents, 'document')}"
@@ -49,9 +50,9 @@ class Prepared:
         """Yield what a user may not expect, with what to do."""
         if self.valid is not None and self.valid.documents < 2:
             yield (
-                f"{self.output / 'valid'} holds {counted(self.valid.documents, 'document')}: whether"
-                f" a memory is used is measured with another document's memory, and that takes 2"
-                f" or more; {self._more_held_out(self.valid.documents)}"
+                f"{self.output / 'valid'} holds {counted(self.valid.documents, 'document')}: to"
+                f" measure whether a memory is used takes another document's memory, so 2 or more;"
+                f" {self._more_held_out(self.valid.documents)}"
             )
         if self.wanted_vocab is not None and self.train.vocab_size < self.wanted_vocab:
             yield (

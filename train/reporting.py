@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.wording import counted
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh
 from train.build import Built
@@ -90,7 +91,7 @@ class Reporter:
         parameters, trained = count_parameters(self.built), count_trained(self.built)
         some = f", {trained / 1e6:.2f}M of them trained" if trained < parameters else ""
         self.progress.say(
-            f"{self.title} | {mesh.world_size} ranks on {mesh.device.type}"
+            f"{self.title} | {counted(mesh.world_size, 'rank')} on {mesh.device.type}"
             f" | {parameters / 1e6:.2f}M parameters a TP rank{some}"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )

@@ -200,7 +200,10 @@ def test_moved_inputs_are_still_the_same_inputs(inputs: Path, tmp_path: Path) ->
         ({"valid_fraction": 0.2}, "--valid-fraction 0.1 there, 0.2 now"),
         ({"shard_tokens": 99}, "--shard-tokens 2500 there, 99 now"),
         ({"text_key": "body"}, "--text-key text there, body now"),
-        ({"tokenizer": TokenizerTraining(300)}, "--tokenizer bytes there, --train-tokenizer 300 now"),
+        (
+            {"tokenizer": TokenizerTraining(300)},
+            "--tokenizer bytes there, --train-tokenizer 300 now",
+        ),
     ],
 )
 def test_other_settings_are_refused_by_name(

@@ -44,7 +44,7 @@ def test_one_held_out_document_is_warned_of_with_what_to_do(
     tmp_path: Path, train: int, remedy: str
 ) -> None:
     (text,) = made(tmp_path, train, 1).warnings()
-    assert "valid holds 1 document: whether a memory is used" in text and remedy in text
+    assert "valid holds 1 document: to measure whether a memory is used" in text and remedy in text
 
 
 @pytest.mark.parametrize("valid", [0, 2])
@@ -56,7 +56,10 @@ def test_one_of_a_thing_is_said_in_the_singular(tmp_path: Path) -> None:
     lines = list(made(tmp_path, 2, 1, empty_documents=1, ignored=("a.png",)).lines())
     assert lines[0] == f"{tmp_path / 'train'}: 2 documents, 10 tokens, 1 shard"
     assert lines[1] == f"{tmp_path / 'valid'}: 1 document, 5 tokens, 1 shard"
-    assert lines[2:] == ["left out as empty: 1 document", "left out as no text: 1 file, such as a.png"]
+    assert lines[2:] == [
+        "left out as empty: 1 document",
+        "left out as no text: 1 file, such as a.png",
+    ]
 
 
 def test_a_tokenizer_of_fewer_ids_than_asked_for_is_told(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from tests.train.attempts import finish
 from tests.train.tiny import Shards, tiny
+from train.checkpoints.manifest import newest_manifest
 from train.settings.config import Config, ConfigError, validate
 from train.starting.fork import Data, plan_fork
-from train.checkpoints.manifest import newest_manifest
 from train.tracking.timeline import Timeline, read_events
 
 pytestmark = pytest.mark.gloo
@@ -86,6 +86,8 @@ def test_a_fork_without_a_step_to_do_is_refused(
     manifest = newest_manifest(config.run_dir / "checkpoints")
     assert manifest is not None
     data = Data(manifest.data, manifest.vocab_size, manifest.tokenizer_sha256 or "")
-    with pytest.raises(ConfigError, match="step 4 of .*leaves nothing to train; give train.steps=8"):
+    with pytest.raises(
+        ConfigError, match="step 4 of .*leaves nothing to train; give train.steps=8"
+    ):
         plan_fork(config, "slower", data)
     assert not config.run_dir.with_name("slower").exists()
