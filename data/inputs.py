@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.sources import Block, Document, Joined, file_blocks, is_text
 from data.stdlib import stdlib_documents
+from data.urls import shown_url, url_of
 
 STDLIB = "stdlib"
 
@@ -100,6 +101,12 @@ def _find(item: str | Path, ignored: list[str]) -> Source:
     if item == STDLIB:
         joined = tuple(stdlib_documents())
         return Source(STDLIB, joined[0].root, joined=joined)
+    url = url_of(item)
+    if url is not None:
+        raise ValueError(
+            f"input {shown_url(url)} is a URL, and prepare reads local files; copy it to this"
+            f" machine first (the shards that prepare writes may be read from a URL)"
+        )
     path = Path(item).absolute()
     if path.is_file():
         return Source(str(path), path.parent, files=(path,))

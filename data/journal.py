@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from data.files import LocalFiles
 from data.index import read_index
 from data.shards import INDEX_SUFFIX, MANIFEST, TOKENIZER, Shard
 from data.split import Side
+from data.wording import counted, short_tokens
 
 FINISHED = "prepare.json"
 SIDES: tuple[Side, ...] = ("train", "valid")
@@ -96,12 +97,18 @@ class Journal:
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a finished output with the same settings, else None.
 
-        ValueError names what differs, where the output was made with other settings.
+        ValueError names what differs, where something was made with other settings: a finished
+        shard, or all of it. What failed or was killed before its first shard binds nobody.
         """
         for path in (self.output / FINISHED, self._work / _SETTINGS):
             if path.is_file():
                 written = json.loads(path.read_bytes())
-                self._require_same(written["settings"])
+                different = _differences(written["settings"], self._settings)
+                if path.name != FINISHED and not self._recorded():
+                    if different:
+                        self.clear()  # a tokenizer of other settings, too
+                    return None
+                self._require_same(different)
                 if path.name == FINISHED:
                     shutil.rmtree(self._work, ignore_errors=True)
                     return dict(written["summary"])
@@ -137,18 +144,22 @@ class Journal:
     def read(self, dtype: np.dtype[Any]) -> dict[Side, Progress]:
         """Return what was finished before; ValueError if a recorded shard is gone."""
         sides: dict[Side, Progress] = {side: Progress() for side in SIDES}
-        path = self._work / _SHARDS
-        content = path.read_bytes() if path.is_file() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(path, len(whole))  # killed while writing the last line
-        for line in whole.splitlines():
+        for line in self._recorded():
             entry = json.loads(line)
             progress = sides[entry["side"]]
             progress.shards.append(self._checked(entry["side"], Shard(**entry["shard"]), dtype))
             progress.cursor = (entry["cursor"][0], entry["cursor"][1])
             progress.empty = entry["empty"]
         return sides
+
+    def _recorded(self) -> list[bytes]:
+        """Return the lines of the finished shards; a last one cut short is removed."""
+        path = self._work / _SHARDS
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            os.truncate(path, len(whole))  # killed while writing the last line
+        return whole.splitlines()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Say that the output is complete."""
@@ -180,15 +191,46 @@ class Journal:
                 f"{' and more' if found[1:] else ''}); choose an empty or a new folder"
             )
 
-    def _require_same(self, written: Mapping[str, Any]) -> None:
-        now = json.loads(json.dumps(self._settings))
-        different = [
-            f"{name} {written.get(name)} there, {now.get(name)} now"
-            for name in sorted({*written, *now})
-            if written.get(name) != now.get(name)
-        ]
+    def _require_same(self, different: Sequence[str]) -> None:
         if different:
             raise ValueError(
                 f"{self.output} was prepared with other settings: {'; '.join(different)};"
                 f" use those, choose another output, or prepare it again with --force"
             )
+
+
+def _differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the settings that differ, each as a user writes it."""
+    now = json.loads(json.dumps(now))
+    return [
+        _difference(name, written[name], now[name])
+        for name in sorted(now)
+        if written[name] != now[name]
+    ]
+
+
+def _difference(name: str, there: Any, now: Any) -> str:
+    if name == "inputs":
+        if (there["files"], there["bytes"]) == (now["files"], now["bytes"]):
+            return "other input files, or the same ones with other names or times"
+        return f"inputs of {_size(there)} there, {_size(now)} now"
+    if name == "tokenizer":
+        exact = _tokenizer(there) == _tokenizer(now)
+        return f"{_tokenizer(there, exact)} there, {_tokenizer(now, exact)} now"
+    if name == "shard_tokens":
+        there, now = short_tokens(there), short_tokens(now)
+    # The command line has no --seed.
+    option = name if name == "seed" else f"--{name.replace('_', '-')}"
+    return f"{option} {there} there, {now} now"
+
+
+def _tokenizer(setting: Mapping[str, Any], exact: bool = False) -> str:
+    trained = setting.get("trained")
+    if trained is not None:
+        sample = f" on {trained['sample_bytes']:,} bytes" if exact else ""
+        return f"--train-tokenizer {trained['vocab_size']}{sample}"
+    return f"--tokenizer {setting['name']}{' of sha256 ' + setting['sha256'][:12] if exact else ''}"
+
+
+def _size(inputs: Mapping[str, Any]) -> str:
+    return f"{counted(inputs['files'], 'file')} and {counted(inputs['bytes'], 'byte')}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from data.durable import write_atomically
 from data.index import Corpus
 from data.inputs import Inputs, find_inputs
 from data.journal import SIDES, Cursor, Journal, Progress, claimed
+from data.prepared import Prepared
 from data.progress import Bar
 from data.shards import (
     SHARD_TOKENS,
@@ -32,19 +33,6 @@ from data.workers import Job, in_order
 
 _SAMPLE_CHARACTERS = 64 << 10
 _LEAST_SAMPLE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a prepare wrote, or found finished (`reused`)."""
-
-    output: Path
-    train: Manifest
-    valid: Manifest | None
-    input_bytes: int
-    empty_documents: int
-    ignored: tuple[str, ...]
-    reused: bool
 
 
 def prepare(
@@ -95,9 +83,9 @@ def prepare(
             run = _Run(found, journal, text_key, shard_tokens, workers)
             with Bar(found.bytes, shown=progress) as bar:
                 summary = run.write(tokenizer, seed, valid_fraction, bar)
-            return _result(out, summary, reused=False)
+            return _result(out, summary, tokenizer, reused=False)
         try:
-            return _result(out, summary, reused=True)
+            return _result(out, summary, tokenizer, reused=True)
         except ValueError as error:
             raise ValueError(
                 f"{out} was finished and is damaged now: {error}; to prepare it again, add --force"
@@ -283,7 +271,13 @@ def _tokenizer_settings(tokenizer: Tokenizer | TokenizerTraining) -> dict[str, A
     return {"name": tokenizer.name, "sha256": tokenizer.sha256}
 
 
-def _result(output: Path, summary: Mapping[str, Any], *, reused: bool) -> Prepared:
+def _result(
+    output: Path,
+    summary: Mapping[str, Any],
+    tokenizer: Tokenizer | TokenizerTraining,
+    *,
+    reused: bool,
+) -> Prepared:
     # Opened, not only read: this is the last chance to notice a shard that went missing.
     manifests = {side: Corpus.open(output / side).manifest for side in summary["sides"]}
     return Prepared(
@@ -294,4 +288,5 @@ def _result(output: Path, summary: Mapping[str, Any], *, reused: bool) -> Prepar
         empty_documents=summary["empty_documents"],
         ignored=tuple(summary["ignored"]),
         reused=reused,
+        wanted_vocab=tokenizer.vocab_size if isinstance(tokenizer, TokenizerTraining) else None,
     )

@@ -8,8 +8,9 @@ apart (so D301, raw docstrings, does not fit: the character itself must be there
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,22 +30,48 @@ from train.commands.submit import submit
 from train.commands.track import track
 from train.starting.provenance import check_provenance, is_ours
 
+if TYPE_CHECKING:
+    from train.settings.config import Config
+
 app = typer.Typer(
     name="longhaul",
     help=(
         "Pretrain language models on documents longer than a device holds.\n\n"
         "Begin on a laptop, in three commands:\n\n"
         "\b\n"
-        "  longhaul prepare stdlib --output runs/quickstart-data\n"
+        "  longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1\n"
         "  longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1\n"
         "  longhaul evaluate runs/quickstart\n\n"
-        "On several ranks: torchrun --no-python --nproc-per-node 4 longhaul pretrain FILE."
+        "On several ranks:\n\n"
+        "\b\n"
+        "  torchrun --standalone --no-python --nproc-per-node 4 longhaul pretrain FILE"
     ),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain text: the same in a terminal and in a job's log
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"longhaul {version('longhaul')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="The run's YAML file.", show_default=False)
@@ -106,7 +133,7 @@ def prepare(
 
     \b
     Examples:
-      longhaul prepare stdlib --output runs/quickstart-data
+      longhaul prepare stdlib --output runs/quickstart-data --valid-fraction 0.1
       longhaul prepare books/ papers.jsonl.zst --output shards --train-tokenizer 32000
 
     Next: set data.train to OUTPUT/train and data.valid to OUTPUT/valid, then
@@ -135,18 +162,10 @@ def prepare(
         text_key=text_key,
         force=force,
     )
-    if done.reused:
-        typer.echo(f"{done.output} holds just this already; --force writes it anew")
-    for side, manifest in (("train", done.train), ("valid", done.valid)):
-        if manifest is not None:
-            typer.echo(
-                f"{done.output / side}: {manifest.documents:,} documents,"
-                f" {manifest.tokens:,} tokens, {len(manifest.shards):,} shards"
-            )
-    if done.empty_documents:
-        typer.echo(f"left out as empty: {done.empty_documents:,} documents")
-    if done.ignored:
-        typer.echo(f"left out as no text: {len(done.ignored):,} files, such as {done.ignored[0]}")
+    for line in done.lines():
+        typer.echo(line)
+    for line in done.warnings():
+        typer.echo(f"WARNING: {line}", err=True)
 
 
 @app.command()
@@ -187,23 +206,22 @@ def pretrain(
     \b
     Examples:
       longhaul pretrain configs/quickstart.yaml parallel.tp=1 parallel.cp=1
-      torchrun --no-python --nproc-per-node 4 longhaul pretrain configs/quickstart.yaml
+      torchrun --standalone --no-python --nproc-per-node 4 longhaul pretrain configs/quickstart.yaml
       longhaul pretrain FILE model.memory.name=none name=without_memory
       longhaul pretrain FILE data.train=books/train --fork on_books
 
     Next: `longhaul evaluate runs/<name>`, or look at MLflow; `longhaul config` explains keys.
     """  # noqa: D301
-    from train.settings.config import load
-
-    ranks = None if print_run_dir else int(os.environ.get("WORLD_SIZE", "1"))
-    config = load(file, overrides or (), world_size=ranks)
-    if fresh and fork is not None:
-        raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
     if print_run_dir:
+        from train.settings.config import load
         from train.starting.fork_name import name_fork
 
+        config = load(file, overrides or (), world_size=None)
         typer.echo((config if fork is None else name_fork(config, fork)[0]).run_dir)
         return
+    config = _load_for_ranks(file, overrides or (), fresh=fresh, fork=fork)
+    if fresh and fork is not None:
+        raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
     fresh = fresh and not _is_restart()
     from train.quiet import quieten_libraries
     from train.signals import StopRequest
@@ -247,6 +265,7 @@ def config(
     """  # noqa: D301
     import json
 
+    from data.wording import counted
     from train.settings.config import dump, load
     from train.settings.config import schema as config_schema
 
@@ -264,7 +283,9 @@ def config(
     )
     if world_size is not None:
         tp, cp = resolved.parallel.tp, resolved.parallel.cp
-        typer.echo(f"# {world_size} ranks: tp {tp} x cp {cp} x dp {world_size // (tp * cp)}")
+        typer.echo(
+            f"# {counted(world_size, 'rank')}: tp {tp} x cp {cp} x dp {world_size // (tp * cp)}"
+        )
     typer.echo(dump(resolved), nl=False)
 
 
@@ -404,6 +425,26 @@ def main() -> None:
             # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
         sys.exit(REFUSED)
+
+
+def _load_for_ranks(
+    file: Path, overrides: Sequence[str], *, fresh: bool, fork: str | None
+) -> "Config":
+    """Return the configuration of these ranks; where one was started for several, say how to."""
+    from train.settings.config import ConfigError, load
+    from train.starting.again import launch_command
+
+    world_size = os.environ.get("WORLD_SIZE")
+    try:
+        return load(file, overrides, world_size=int(world_size or 1))
+    except ConfigError as error:
+        if world_size is not None:
+            raise
+        parallel = load(file, overrides).parallel  # raises what has nothing to do with ranks
+        words = ["pretrain", str(file), *overrides, *(["--fresh"] if fresh else [])]
+        words += ["--fork", fork] if fork is not None else []
+        command = launch_command(parallel.tp * parallel.cp, *words)
+        raise ValueError(f"{error}\nstart them with:\n  {command}") from None
 
 
 def _is_restart() -> bool:

@@ -66,6 +66,9 @@ def convert(
         raise ValueError(
             "give one figure above 0: --tokens-per-s of one GPU, --tflops or --mfu by the basis"
         )
+    if mfu is not None and mfu > 1:
+        hint = f"; did you mean {mfu / 100:g}?" if mfu <= 100 else ""
+        raise ValueError(f"--mfu {mfu:g} is above 1, and it is a share of the peak{hint}")
     theirs = flops_per_token(model, segment_len, basis, recomputed=recomputed)
     ours = flops_per_token(model, segment_len, "causal")
     if tokens_per_s is None:

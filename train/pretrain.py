@@ -29,12 +29,13 @@ from train.reporting import Reporter
 from train.rescue import Rescue
 from train.settings.config import Config
 from train.signals import StopAgreed, StopRequest
-from train.starting.again import continue_command
+from train.starting.again import continue_command, nothing_left
 from train.starting.init_from import Start, take_weights, verify_start
 from train.starting.inputs import Inputs
 from train.starting.provenance import is_ours
 from train.starting.resume import RunFolder
 from train.starting.start import agree_on, open_run
+from train.tracking.timeline import read_events
 from train.watch.attempt import Watch, limits_of
 from train.watch.pulse import Pulse, follow_layers, follow_segments
 
@@ -126,6 +127,8 @@ class Pretraining:
         self.pulse.enter("resume", 0)
         state = self.folder.resume(self.reporter.say)
         self.step = state.step
+        if self._is_over(state.step):
+            return
         position = state.step * config.train.batch_size
         data = self.inputs.train.fingerprint
         self.folder.ledger = open_ledger(config, self.mesh, position, data)
@@ -153,6 +156,23 @@ class Pretraining:
             self.reporter.progress.say(
                 f"stopped at step {state.step}, saved; continue with: {continue_command()}"
             )
+
+    def _is_over(self, step: int) -> bool:
+        """Say and return whether not even an evaluation is left to do, as a finished run has it."""
+        steps = self.config.train.steps
+        if step < steps:
+            return False
+        # The timeline says it; DONE does not, for a job deletes it when it begins.
+        events = read_events(self.config.run_dir) if self.mesh.rank == 0 else []
+        told = [any((e["kind"], e["step"]) == ("finished", step) for e in events)]
+        dist.broadcast_object_list(told)
+        (finished,) = told
+        if step == steps and not finished:
+            return False
+        self.reporter.say(nothing_left(self.config.run_dir, step, steps))
+        if finished and self.mesh.rank == 0:
+            self.folder.finish(step)  # resuming took the mark away
+        return True
 
     def _open_traces(self) -> Traces:
         profile = self.config.train.profile

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.wording import counted
 from model.memory.base import named_tensors
 from parallel.mesh import Mesh
 from train.build import Built
@@ -94,7 +95,7 @@ class Reporter:
         parameters, trained = count_parameters(self.built), count_trained(self.built)
         some = f", {trained / 1e6:.2f}M of them trained" if trained < parameters else ""
         self.progress.say(
-            f"{self.title} | {mesh.world_size} ranks on {mesh.device.type}"
+            f"{self.title} | {counted(mesh.world_size, 'rank')} on {mesh.device.type}"
             f" | {parameters / 1e6:.2f}M parameters a TP rank{some}"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )
@@ -191,7 +192,7 @@ class Reporter:
         history = self.folder.history()
         picture = plot(self.folder.path, history=history, evaluation=evaluation, title=self.title)
         self.tracker.artifact(picture)
-        self.folder.finish()
+        self.folder.finish(state.step)
         self.timeline.add("finished", state.step, f"finished at step {state.step}")
         text = summarise(
             self.folder.path,
@@ -201,7 +202,7 @@ class Reporter:
             peak_source=self.peak.source,
             checkpoint=self.folder.checkpoints / step_name(state.step),
             tracking=self.tracker.uri if isinstance(self.tracker, Tracker) else "off",
-            continue_command=continue_command(steps=2 * self.config.train.steps),
+            continue_command=continue_command(steps=2 * state.step),
         )
         self.progress.say(text)
 

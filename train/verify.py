@@ -10,7 +10,9 @@ import numpy as np
 
 from data.history import History, Range, ranges, read_history
 from data.ledger import FOLDER
-from train.checkpoints.folder import BadCheckpoint, list_checkpoints, read_manifest
+from data.wording import counted
+from train.checkpoints.manifest import BadCheckpoint, newest_manifest, read_manifest
+from train.checkpoints.names import list_checkpoints
 from train.tracking.timeline import read_events
 
 
@@ -49,6 +51,12 @@ def verify(runs: list[Path]) -> Finding:
 
 def open_run(path: Path) -> Run:
     """Return a run folder's ledger; ValueError where there is none."""
+    newest = newest_manifest(path / "checkpoints")
+    if newest is not None and newest.imported:
+        raise ValueError(
+            f"{path} holds an imported model: nothing was trained there, so no samples were"
+            " consumed; name the folder of a run that was trained"
+        )
     history = read_history(path / FOLDER)
     for checkpoint in reversed(list_checkpoints(path / "checkpoints")):
         try:
@@ -66,7 +74,7 @@ def check(run: Run) -> Finding:
     count, changed = len(history.attempts), ranges_of(history.changed)
     good = not missing and not twice and not changed
     until = f"up to {run.checkpoint}" if run.checkpoint else "(it has no checkpoint)"
-    said = [f"{count} attempt{'s' * (count != 1)}, {end:,} samples {until}"]
+    said = [f"{counted(count, 'attempt')}, {counted(end, 'sample')} {until}"]
     if not missing and not twice:
         said[0] += ": each exactly once"
     if passed := history.passed_over(end):
@@ -87,7 +95,8 @@ def check(run: Run) -> Finding:
     if history.redone:
         same = "not the same as before: " + samples(changed, history.batch_size)
         said.append(
-            f"{history.redone:,} samples were done again after a resume,"
+            f"{counted(history.redone, 'sample')} {'was' if history.redone == 1 else 'were'} done"
+            f" again after a resume,"
             f" {same if changed else 'the same each time'}"
         )
     left_out = left_out_of(run.path)

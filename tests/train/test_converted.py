@@ -52,6 +52,7 @@ def test_our_own_basis_is_the_one_that_training_logs() -> None:
     [
         ((), "give one figure above 0"),
         (("--mfu", "0.4", "--tflops", "300"), "give one figure above 0"),
+        (("--mfu", "39"), "--mfu 39 is above 1, and it is a share of the peak; did you mean 0.39?"),
         (("--mfu", "0.4", "--basis", "ful"), "did you mean 'full'"),
         (("--mfu", "0.4", "--length", "8Q"), "expected a number of tokens"),
     ],

@@ -30,7 +30,7 @@ def use_model(monkeypatch: pytest.MonkeyPatch, name: str, valid: Path | None) ->
         model__memory={"name": name} | ({"slots": 4} if name == "fam" else {}),
     )
     found = (make_model(MEMORIES[name]), validate(raw))
-    manifest = SimpleNamespace(step=7, tokenizer_sha256=None)
+    manifest = SimpleNamespace(step=7, tokenizer_sha256=None, imported=False)
     monkeypatch.setattr(
         "train.checkpoints.folder.choose_checkpoint", lambda folder: (folder, manifest)
     )

@@ -288,7 +288,7 @@ def test_the_command_line_refuses_a_change_and_names_the_remedy(
 
 def test_files_are_shared_where_the_file_system_can(parent: Path, shards: Shards) -> None:
     fingerprint = read_manifest(list_checkpoints(parent / "checkpoints")[-1]).data
-    checkpoint = begun(validate(settings(parent, shards)), "shared", fingerprint)
+    checkpoint = begun(validate(settings(parent, shards, train__steps=8)), "shared", fingerprint)
     for name in verify(checkpoint).files:
         assert os.path.samefile(checkpoint / name, parent / "checkpoints/step-00000006" / name)
     remove(checkpoint.parent.parent)
@@ -302,7 +302,7 @@ def test_files_are_copied_where_it_cannot(
 
     monkeypatch.setattr(os, "link", refuse)
     fingerprint = read_manifest(list_checkpoints(parent / "checkpoints")[-1]).data
-    checkpoint = begun(validate(settings(parent, shards)), "copied", fingerprint)
+    checkpoint = begun(validate(settings(parent, shards, train__steps=8)), "copied", fingerprint)
     for name in verify(checkpoint).files:
         assert not os.path.samefile(checkpoint / name, parent / "checkpoints/step-00000006" / name)
     remove(checkpoint.parent.parent)

@@ -101,7 +101,7 @@ def test_a_row_holds_what_a_plot_needs(finished: tuple[Path, str]) -> None:
 
 def test_the_run_says_what_it_is_and_how_to_go_on(finished: tuple[Path, str]) -> None:
     run_dir, text = finished
-    assert "tiny: memory fam, TP 1 x CP 1 x DP 1, ZeRO 1, fp32 | 1 ranks on cpu" in text
+    assert "tiny: memory fam, TP 1 x CP 1 x DP 1, ZeRO 1, fp32 | 1 rank on cpu" in text
     assert "step 3 | valid/loss " in text
     assert "step 4 | valid/loss_memory_off " in text
     assert f"saved {run_dir}/checkpoints/step-00000004" in text

@@ -50,6 +50,11 @@ class Manifest:
         """Bytes of all files."""
         return sum(int(file["bytes"]) for file in self.files.values())
 
+    @property
+    def imported(self) -> bool:
+        """Whether `longhaul import` wrote it: it was trained on no corpus of ours."""
+        return not self.data
+
 
 class BadCheckpoint(Exception):
     """A checkpoint folder that must not be loaded; says what is wrong with it."""

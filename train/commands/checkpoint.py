@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data.wording import counted
+
 if TYPE_CHECKING:
     from train.checkpoints.listing import Entry
     from train.checkpoints.manifest import Manifest
@@ -34,7 +36,11 @@ checkpoint = typer.Typer(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
 OneCheckpoint = Annotated[
     Path,
-    typer.Argument(metavar="CHECKPOINT", help="A folder checkpoints/step-*.", show_default=False),
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A folder checkpoints/step-*, or a run's for its newest good one.",
+        show_default=False,
+    ),
 ]
 
 
@@ -92,12 +98,17 @@ def verify(
     for path in chosen:
         faults, num_bytes = _verify_one(path, workers)
         total, bad = total + num_bytes, bad + bool(faults)
-        state = f"good, {describe_bytes(num_bytes)}" if not faults else f"BAD, {len(faults)} faults"
+        state = (
+            f"good, {describe_bytes(num_bytes)}"
+            if not faults
+            else f"BAD, {counted(len(faults), 'fault')}"
+        )
         typer.echo("\n  ".join([f"{path}: {state}", *faults]))
     seconds = time.perf_counter() - began
     typer.echo(
-        f"{len(chosen)} checkpoints, {bad} bad; {describe_bytes(total)} hashed in {seconds:.1f} s,"
-        f" {total / 1e6 / max(seconds, 1e-9):,.0f} MB/s with {workers} threads"
+        f"{counted(len(chosen), 'checkpoint')}, {bad} bad;"
+        f" {describe_bytes(total)} hashed in {seconds:.1f} s,"
+        f" {total / 1e6 / max(seconds, 1e-9):,.0f} MB/s with {counted(workers, 'thread')}"
     )
     raise typer.Exit(1 if bad else 0)
 
@@ -109,12 +120,24 @@ def show(path: OneCheckpoint, as_json: JsonOption = False) -> None:
     Of the configuration, what is not the default. --json prints the whole manifest.
 
     \b
-    Example:
+    Examples:
+      longhaul checkpoint show runs/quickstart
       longhaul checkpoint show runs/quickstart/checkpoints/step-00000200
     """  # noqa: D301
-    from train.checkpoints.listing import inspect
+    from train.checkpoints.listing import (
+        checkpoints_folder,
+        inspect,
+        is_checkpoint,
+        resumed_from,
+        survey,
+    )
     from train.checkpoints.manifest import BadCheckpoint, read_manifest
 
+    if not is_checkpoint(path):
+        chosen = resumed_from(survey(checkpoints_folder(path)))
+        if chosen is None:
+            raise ValueError(f"{path} holds no good checkpoint; `longhaul checkpoint ls` says why")
+        path = chosen.path
     try:
         manifest = read_manifest(path)
     except BadCheckpoint as error:
@@ -233,12 +256,18 @@ def _text(entry: Entry, manifest: Manifest) -> str:
         ("state", entry.problem or say.describe_state(entry, time.time())),
         ("saved", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.saved))),
         ("step", f"{manifest.step:,}" + (f", {skipped:,} of them skipped" if skipped else "")),
-        ("tokens", f"{say.count_tokens(manifest):,} ({manifest.position:,} samples of {size:,})"),
+        (
+            "tokens",
+            f"{say.count_tokens(manifest):,} ({counted(manifest.position, 'sample')} of {size:,})",
+        ),
         (
             "parameters",
-            f"{say.count_parameters(manifest):,} in {len(manifest.parameters)} tensors",
+            f"{say.count_parameters(manifest):,} in {counted(len(manifest.parameters), 'tensor')}",
         ),
-        ("size", f"{say.describe_bytes(entry.num_bytes)} in {len(manifest.files)} files"),
+        (
+            "size",
+            f"{say.describe_bytes(entry.num_bytes)} in {counted(len(manifest.files), 'file')}",
+        ),
         ("layout", say.describe_layout(manifest.layout)),
         ("data", f"corpus {manifest.data[:16]}, {manifest.vocab_size:,} tokens in its vocabulary"),
         ("versions", ", ".join(f"{name} {text}" for name, text in manifest.versions.items())),

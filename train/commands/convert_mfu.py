@@ -52,7 +52,11 @@ def convert_mfu(
     ] = "h100",
     vocab_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens, where model.vocab_size is left out."),
+        typer.Option(
+            metavar="N",
+            help="Tokens, where model.vocab_size is left out.",
+            show_default="data.train's, where that lies here",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -76,6 +80,7 @@ def convert_mfu(
     from train.converted import BASES, convert
     from train.metrics import Peak
     from train.planning.cluster import load_cluster
+    from train.planning.vocabulary import vocab_size_of
     from train.settings.config import load
     from train.settings.remedies import did_you_mean
     from train.settings.units import parse_tokens
@@ -84,11 +89,7 @@ def convert_mfu(
         hint = did_you_mean(basis, BASES)
         raise ValueError(f"--basis {basis}: known are {', '.join(BASES)}{hint}")
     config = load(file, overrides or ())
-    vocab = config.model.vocab_size or vocab_size
-    if vocab is None:
-        raise ValueError(
-            "model.vocab_size is left out, to be taken from the data; give --vocab-size"
-        )
+    vocab = vocab_size_of(config, vocab_size)
     model, segment_len = to_model_config(config, vocab), config.data.segment_len
     if length is not None:
         model, segment_len = replace(model, memory=NoMemory()), parse_tokens(length)

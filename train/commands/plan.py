@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data.wording import counted
+
 if TYPE_CHECKING:
     from train.planning.dryrun import DryRun
     from train.settings.config import Config
@@ -46,7 +48,11 @@ def plan(
     ] = False,
     vocab_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens, where model.vocab_size is left out."),
+        typer.Option(
+            metavar="N",
+            help="Tokens, where model.vocab_size is left out.",
+            show_default="data.train's, where that lies here",
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None,
@@ -82,17 +88,18 @@ def plan(
     if write and not choose:
         raise ValueError("--write puts in what --choose finds; give both")
     from train.planning.cluster import load_cluster
-    from train.settings.config import load
+    from train.planning.vocabulary import vocab_size_of
+    from train.settings.config import ConfigError, load
 
     cluster = load_cluster(gpu)
     ranks = gpus or cluster.per_node
     world = nodes * ranks
-    config = load(file, overrides or (), world_size=None if choose else world)
-    vocab = config.model.vocab_size or vocab_size
-    if vocab is None:
-        raise ValueError(
-            "model.vocab_size is left out, to be taken from the data; give --vocab-size"
-        )
+    try:
+        config = load(file, overrides or (), world_size=None if choose else world)
+    except ConfigError as error:
+        load(file, overrides or ())  # raises what has nothing to do with ranks
+        raise ValueError(f"{error}\n{_assumed(cluster.name, nodes, ranks, gpus)}") from None
+    vocab = vocab_size_of(config, vocab_size)
     if choose:
         _choose(config, cluster, nodes, ranks, vocab, segments, file if write else None, as_json)
         return
@@ -123,6 +130,15 @@ def plan(
             typer.echo(f"estimate of what the dry run counts: {work / most - 1:+.1%}")
     if not made.memory.fits:
         raise typer.Exit(1)
+
+
+def _assumed(cluster: str, nodes: int, ranks: int, gpus: int | None) -> str:
+    """Return for which ranks a configuration was checked."""
+    why = f"as a node of {cluster} has" if gpus is None else "by --gpus"
+    return (
+        f"planned for {counted(nodes, 'node')} of {counted(ranks, 'rank')}, {why};"
+        " give --nodes and --gpus of your own, or --choose to look at all layouts"
+    )
 
 
 def _choose(

@@ -2,6 +2,7 @@ r"""The command `longhaul submit`: from a configuration to a job in SLURM's queu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,6 +111,8 @@ def submit(
         _plan(config, gpu, nodes, ranks_per_node)
     if check:
         _prove(config)
+    for line in _missing(config):
+        typer.echo(f"WARNING: {line}", err=True)
     if dry_run:
         typer.echo(text, nl=False)
         return
@@ -128,21 +131,34 @@ def submit(
     typer.echo(f"job {job}: {script}, log {config.name}-{job}.out")
 
 
+def _missing(config: Config) -> Iterator[str]:
+    """Yield what the run reads and this machine does not see; the nodes may."""
+    from data.shards import MANIFEST
+    from data.urls import url_of
+
+    shards = [("data.train", part.path) for part in config.corpora]
+    shards += [("data.valid", config.data.valid)] if config.data.valid is not None else []
+    for key, folder in shards:
+        if url_of(folder) is None and not (folder / MANIFEST).is_file():
+            yield (
+                f"{key}: {folder} holds no prepared shards here; the job fails unless its nodes"
+                " see them (`longhaul prepare` writes them)"
+            )
+    start = config.model.init_from
+    if start is not None and not start.exists():
+        yield f"model.init_from: {start} is not here; the job fails unless its nodes see it"
+
+
 def _plan(config: Config, gpu: str, nodes: int, ranks_per_node: int) -> None:
     """Print what the run takes; raise ValueError where it does not fit."""
     from train.quiet import quieten_libraries
 
-    if config.model.vocab_size is None:
-        raise ValueError(
-            "model.vocab_size is left out, to be taken from the data, and --gpu plans without"
-            " them; give model.vocab_size=N"
-        )
     quieten_libraries()
     from train.planning import load_cluster, plan
+    from train.planning.vocabulary import vocab_size_of
 
-    made = plan(
-        config, load_cluster(gpu), nodes, ranks_per_node, vocab_size=config.model.vocab_size
-    )
+    vocab_size = vocab_size_of(config, option="model.vocab_size=N")
+    made = plan(config, load_cluster(gpu), nodes, ranks_per_node, vocab_size=vocab_size)
     for line in made.describe():
         typer.echo(line, err=True)
     if not made.memory.fits:

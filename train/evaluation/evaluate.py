@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from data.index import Corpus
+from data.shards import TOKENIZER
 from data.urls import shown_folder
+from data.wording import counted
 from model.decoder import Output
 from model.memory.base import State
 from train.evaluation.measure import ALL, choose_lanes, measure
@@ -78,6 +80,8 @@ def run(
             "granularity=tokens lets a token's choice of blocks depend on later ones, so its loss"
             " means nothing; evaluate with token_and_head or heads"
         )
+    if data is None and manifest.imported:
+        raise ValueError(_no_data_of(checkpoint, folder.parent.parent / TOKENIZER))
     corpus = _open_corpus(model, config, data)
     require_trained_on(folder, manifest, corpus.tokenizer_sha256, shown_folder(corpus.folder))
     # first: what does not fit is known at once
@@ -149,7 +153,7 @@ def describe(
         ("state", f"{evaluation.state_bytes:,} bytes a stream, the most that one rank carried"),
         ("read with the memory on", f"{short(evaluation.tokens_per_s)} tokens/s, {where}"),
         ("segment", f"{config.data.segment_len:,} tokens"),
-        ("data", f"{corpus.folder}: {len(corpus.lengths):,} documents"),
+        ("data", f"{corpus.folder}: {counted(len(corpus.lengths), 'document')}"),
         ("data fingerprint", corpus.fingerprint),
         ("tokens predicted", f"{columns[0].tokens:,} under each condition"),
         *_coverage(evaluation),
@@ -203,6 +207,15 @@ def _conditions(config: Config, memory: bool) -> Sequence[Condition]:
     if not memory:
         return ("off",)
     return ("on",) if config.model.memory.name == "none" else ALL
+
+
+def _no_data_of(checkpoint: Path, tokenizer: Path) -> str:
+    """Return what is said where an imported checkpoint is to be evaluated on nothing."""
+    words = f" with `longhaul prepare ... --tokenizer {tokenizer}`" if tokenizer.exists() else ""
+    return (
+        f"{checkpoint} was imported, so it has no validation data of its own; name prepared shards"
+        f" with --data FOLDER, made{words or ' with its tokenizer'}"
+    )
 
 
 def _open_corpus(model: Decoder, config: Config, data: Path | None) -> Corpus:

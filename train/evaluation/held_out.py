@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.index import Corpus
+from data.wording import counted
 from model.decoder import Output
 from model.memory.base import State
 from parallel.mesh import Mesh
@@ -147,7 +148,7 @@ class HeldOut:
         """Write an evaluation's page into the run's folder, and log it."""
         mesh = self.mesh
         parameters = f"{count_parameters(self.built):,}" + " a TP rank" * (mesh.tp > 1)
-        where = f"{mesh.world_size} ranks on {mesh.device.type}"
+        where = f"{counted(mesh.world_size, 'rank')} on {mesh.device.type}"
         facts = [("run", str(folder)), ("step", f"{step:,}")]
         facts += describe(self.config, parameters, self.corpus, evaluation, where)
         about = {

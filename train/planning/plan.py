@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from data.wording import counted
 from model.config import ModelConfig
 from train.build import to_model_config
 from train.metrics import FORMULA_NAME, Peak, mfu, training_flops_per_token
@@ -66,7 +67,7 @@ class Plan(NamedTuple):
         """Return the plan in lines."""
         s = self.shapes
         lines = [
-            f"{s.world} ranks on {self.cluster}: TP {s.tp} x CP {s.cp} x DP {s.dp};"
+            f"{counted(s.world, 'rank')} on {self.cluster}: TP {s.tp} x CP {s.cp} x DP {s.dp};"
             f" {s.passes} passes a step of {s.batch} x {s.segments} segments,"
             f" {s.length:,} tokens of each on a rank",
             f"memory of a rank: {self.memory.verdict()}",

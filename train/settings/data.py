@@ -1,7 +1,7 @@
 """The data section of a run's configuration: corpora, and how their documents are cut."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
@@ -36,10 +36,19 @@ class CorpusShare(Section):
         return shown_folder(self.path)
 
 
+def _as_written(train: Path | tuple[CorpusShare, ...]) -> str | list[dict[str, Any]]:
+    """Return data.train for a file. Left to pydantic, a Folder's serializer would take a tuple."""
+    if isinstance(train, Path):
+        return url_of(train) or str(train)
+    return [share.model_dump(mode="json") for share in train]
+
+
 class DataSection(Section):
     """Where the tokens come from and how documents are cut. Prepare folders with `prepare`."""
 
-    train: Folder | tuple[CorpusShare, ...] = Field(
+    train: Annotated[
+        Folder | tuple[CorpusShare, ...], PlainSerializer(_as_written, when_used="json")
+    ] = Field(
         description="Folder of prepared training shards (`longhaul prepare` writes it). Or their"
         " URL, http(s)://, s3:// or what else fsspec reads, with cache_dir. Or a list such as"
         " [{path: books, weight: 3}, {path: code, weight: 1, max_epochs: 4}]: a mixture."

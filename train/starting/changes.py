@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
+
+import yaml
 
 from train.checkpoints.manifest import Manifest
 from train.settings.config import Config, ConfigError, validate
@@ -53,7 +57,7 @@ class Change(NamedTuple):
         return self.needs_fork and self.field.startswith("model.")
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.before} -> {self.after}"
+        return f"{self.field}: {_as_yaml(self.before)} -> {_as_yaml(self.after)}"
 
 
 def find_changes(config: Config, manifest: Manifest, vocab_size: int | None = None) -> list[Change]:
@@ -72,9 +76,9 @@ def find_changes(config: Config, manifest: Manifest, vocab_size: int | None = No
             for flat in (saved, now)
         )
     return [
-        Change(name, saved.get(name), now.get(name))
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name) and name not in PLACES
+        change
+        for name in sorted((saved.keys() | now.keys()) - set(PLACES))
+        for change in _leaves(name, saved.get(name), now.get(name))
     ]
 
 
@@ -109,3 +113,27 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _leaves(name: str, before: Any, after: Any) -> Iterator[Change]:
+    """Yield what differs, of a list of sections each entry's keys by themselves."""
+    if before == after:
+        return
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _leaves(f"{name}.{key}", before.get(key), after.get(key))
+    elif _lists_sections(before) and _lists_sections(after):
+        for number, (one, other) in enumerate(zip_longest(before, after)):
+            yield from _leaves(f"{name}[{number}]", one, other)
+    else:
+        yield Change(name, before, after)
+
+
+def _lists_sections(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(part, Mapping) for part in value)
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a value as a configuration file has it, in a line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -31,6 +31,7 @@ from train.checkpoints.names import list_checkpoints, step_name
 from train.checkpoints.tensor_copy import copy_tensors
 from train.huggingface.tokenizer_files import require_trained_on
 from train.settings.config import Config, apply_overrides, parse_overrides, validate
+from train.starting.again import more_steps
 from train.starting.changes import Change, find_changes
 from train.starting.fork_name import PARENT, fork_problem, name_fork
 
@@ -75,6 +76,13 @@ def plan_fork(config: Config, name: str, data: Data) -> Fork:
         )
     changes = find_changes(config, manifest, data.vocab_size)
     keeps = what_is_kept(changes, manifest.data == data.fingerprint)
+    if keeps == "everything" and manifest.step >= config.train.steps:
+        raise fork_problem(
+            name,
+            f"it would go on at step {manifest.step} of {config.run_dir}, and"
+            f" train.steps={config.train.steps} leaves nothing to train;"
+            f" {more_steps(manifest.step)}",
+        )
     newest = _checkpoints(config) / step_name(manifest.step)
     if keeps == "weights":
         # Every rank finds it by itself; reading the weights compares the hashes.

@@ -163,10 +163,10 @@ class RunFolder:
         """Return the rows of log.jsonl; a last line cut short by a crash is left out."""
         return read_rows(self.path / "log.jsonl")
 
-    def finish(self) -> None:
-        """Write DONE: finished, not only stopped (rank 0)."""
+    def finish(self, step: int) -> None:
+        """Write DONE: finished at this step, not only stopped (rank 0)."""
         self._rows.flush()
-        write_atomically(self.path / "DONE", f"{self.config.train.steps}\n")
+        write_atomically(self.path / "DONE", f"{step}\n")
 
     def owe_evaluation(self, step: int) -> None:
         """Write down that the evaluation after this step is still to be done."""
