@@ -1,7 +1,5 @@
 """The memories that the common suite runs: the one list."""
 
-from itertools import product
-
 from model.config import (
     AbcMemory,
     ArmtMemory,
@@ -22,12 +20,16 @@ FAM: dict[str, FamMemory] = {
         slots=3, window=window, state=state, query_position=query
     )
     for state, window, query in [
-        *product(("paper", "norm", "latch"), (0, 1, 2), ("current",)),
-        ("paper", 0, "previous"),
-        ("norm", 1, "previous"),
-        ("latch", 2, "previous"),
+        ("paper", 0, "current"),
+        ("paper", 2, "previous"),
+        ("norm", 0, "previous"),
+        ("norm", 1, "current"),
+        ("latch", 1, "previous"),
+        ("latch", 2, "current"),
     ]
 }
+"""Each state and each window with both query positions, each state with two windows: the code of
+one asks nothing of the others."""
 
 FAM["fam-norm-window-1-hidden"] = FamMemory(slots=3, window=1, first="hidden")
 

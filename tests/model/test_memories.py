@@ -20,6 +20,7 @@ from model.config import (
 from model.decoder import Decoder, Output
 from model.loss import IGNORE
 from model.memory.base import detach, named_tensors
+from tests.cases import case
 from tests.compare import assert_each, relative
 from tests.model.algorithm_2 import Algorithm2
 from tests.model.memories import MEMORIES
@@ -62,18 +63,18 @@ def state_sum(state: Any) -> Tensor:
 
 
 @MEMORY
-@pytest.mark.parametrize("place", [(0, 0), (0, 3), (0, 5), (1, 0), (1, 4), (3, 2)])
-def test_a_changed_token_leaves_every_earlier_logit_bit_identical(
-    memory: MemoryConfig, place: tuple[int, int]
-) -> None:
+def test_a_changed_token_leaves_every_earlier_logit_bit_identical(memory: MemoryConfig) -> None:
     model, batch = build(config_of(memory), torch.float32), batch_of(2, 4, 6)
     before, _ = logits_of(model, batch)
-    batch.tokens[0, *place] = (batch.tokens[0, *place] + 1) % VOCAB
-    after, _ = logits_of(model, batch)
-    here = place[0] * 6 + place[1]
-    changed = (before != after).any(-1).flatten(1)
-    assert not changed[0, :here].any()
-    assert changed[0, here]
+    for place in [(0, 0), (0, 3), (0, 5), (1, 0), (1, 4), (3, 2)]:
+        tokens = batch.tokens.clone()
+        tokens[0, *place] = (tokens[0, *place] + 1) % VOCAB
+        after, _ = logits_of(model, batch._replace(tokens=tokens))
+        here = place[0] * 6 + place[1]
+        changed = (before != after).any(-1).flatten(1)
+        with case(place):
+            assert not changed[0, :here].any()
+            assert changed[0, here]
 
 
 @MEMORY
@@ -90,41 +91,42 @@ def test_rows_of_a_batch_are_independent(memory: MemoryConfig) -> None:
 
 
 @MEMORY
-@pytest.mark.parametrize("split", [False, True], ids=["one forward", "carried"])
-def test_a_new_document_resets(memory: MemoryConfig, split: bool) -> None:
+def test_a_new_document_resets(memory: MemoryConfig) -> None:
     """Outputs from a start on, in the next forward too, are those of a fresh stream."""
     model, batch = build(config_of(memory)), batch_of(2, 5, 6)
     batch.starts[1, 2] = True
-    if split:
-        _, state = logits_of(model, batch.segments(0, 2))
-        logits, state = logits_of(model, batch.segments(2, 4), state)
-    else:
-        logits, state = logits_of(model, batch.segments(0, 4))
-        logits = logits[:, 2:]
-    later, _ = logits_of(model, batch.segments(4, 5), state)
     fresh, fresh_state = logits_of(model, batch.segments(2, 4).rows(slice(1, 2)))
     fresh_later, _ = logits_of(model, batch.segments(4, 5).rows(slice(1, 2)), fresh_state)
-    assert relative(logits[1:], fresh) < EXACT
-    assert relative(later[1:], fresh_later) < EXACT
+    at_once, after = logits_of(model, batch.segments(0, 4))
+    _, carried = logits_of(model, batch.segments(0, 2))
+    ways = {
+        "one forward": (at_once[:, 2:], after),
+        "carried": logits_of(model, batch.segments(2, 4), carried),
+    }
+    for way, (logits, state) in ways.items():
+        later, _ = logits_of(model, batch.segments(4, 5), state)
+        with case(way):
+            assert relative(logits[1:], fresh) < EXACT
+            assert relative(later[1:], fresh_later) < EXACT
 
 
 @MEMORY
-@pytest.mark.parametrize("split", [False, True], ids=["one forward", "carried"])
-def test_no_gradient_reaches_the_document_before(memory: MemoryConfig, split: bool) -> None:
+def test_no_gradient_reaches_the_document_before(memory: MemoryConfig) -> None:
     model, batch = build(config_of(memory)), batch_of(2, 4, 6)
     old, new = batch.segments(0, 2), batch.segments(2, 4)
     old.tokens.remainder_(VOCAB // 2)  # views: so that the table's rows tell old from new
     new.tokens.remainder_(VOCAB // 2).add_(VOCAB // 2)
     new.starts[:, 0] = True
-    if split:
-        output = run(model, new, run(model, old).state)
-    else:
-        old.labels.fill_(IGNORE)
-        output = run(model, batch)
-    output.loss.backward()
-    table = gradients(model)["embedding.weight"]
-    assert not table[: VOCAB // 2].any()
-    assert table[VOCAB // 2 :].abs().max() > 1e-4
+    old.labels.fill_(IGNORE)
+    for way in ("one forward", "carried"):
+        output = (
+            run(model, batch) if way == "one forward" else run(model, new, run(model, old).state)
+        )
+        output.loss.backward()
+        table = gradients(model)["embedding.weight"]
+        with case(way):
+            assert not table[: VOCAB // 2].any()
+            assert table[VOCAB // 2 :].abs().max() > 1e-4
 
 
 @MEMORY
@@ -137,8 +139,7 @@ def test_a_document_that_goes_on_does_not_reset(memory: MemoryConfig) -> None:
 
 
 @MEMORY
-@pytest.mark.parametrize("cut", [False, True], ids=["carried", "detached"])
-def test_only_detach_cuts_the_gradient_of_the_past(memory: MemoryConfig, cut: bool) -> None:
+def test_only_detach_cuts_the_gradient_of_the_past(memory: MemoryConfig) -> None:
     if isinstance(memory, HmtMemory):
         memory = replace(memory, sensory=0)  # tokens that are read again are no state
     model, batch = build(config_of(memory)), batch_of(2, 4, 6)
@@ -146,12 +147,15 @@ def test_only_detach_cuts_the_gradient_of_the_past(memory: MemoryConfig, cut: bo
     past.tokens.remainder_(VOCAB // 2)  # so that the table's rows tell past from now
     now.tokens.remainder_(VOCAB // 2).add_(VOCAB // 2)
     state = run(model, past).state
-    run(model, now, detach(state) if cut else state).loss.backward()
-    of_past = gradients(model)["embedding.weight"][: VOCAB // 2]
-    if cut or memory in WITHOUT_PAST:
-        assert not of_past.any()
+    of_past = {}
+    for way, before in {"detached": detach(state), "carried": state}.items():
+        run(model, now, before).loss.backward()
+        of_past[way] = gradients(model)["embedding.weight"][: VOCAB // 2]
+    assert not of_past["detached"].any()
+    if memory in WITHOUT_PAST:
+        assert not of_past["carried"].any()
     else:
-        assert of_past.abs().max() > 1e-4
+        assert of_past["carried"].abs().max() > 1e-4
 
 
 @MEMORY
@@ -210,23 +214,20 @@ def loss_and_gradients(
 
 
 @MEMORY
-@pytest.mark.parametrize(
-    "compute",
-    [
+def test_how_it_is_computed_changes_no_number(memory: MemoryConfig) -> None:
+    batch = batch_of(2, 3, 4)
+    batch.starts[0, 1] = True
+    plain = loss_and_gradients(memory, ComputeConfig(), batch)
+    for compute in (
         ComputeConfig("selective"),
         ComputeConfig("block"),
         ComputeConfig(ffn_chunk=7),
         ComputeConfig(loss_chunk=7),
         ComputeConfig("selective", loss_chunk=24, ffn_chunk=24),
         ComputeConfig("block", loss_chunk=1, ffn_chunk=16),
-    ],
-    ids=lambda c: f"{c.checkpointing}-{c.loss_chunk}-{c.ffn_chunk}",
-)
-def test_how_it_is_computed_changes_no_number(memory: MemoryConfig, compute: ComputeConfig) -> None:
-    batch = batch_of(2, 3, 4)
-    batch.starts[0, 1] = True
-    plain = loss_and_gradients(memory, ComputeConfig(), batch)
-    assert_each(loss_and_gradients(memory, compute, batch), plain, EXACT)
+    ):
+        with case(compute):
+            assert_each(loss_and_gradients(memory, compute, batch), plain, EXACT)
 
 
 class _Products(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """Both exchanges against full masks in one process: out and each gradient by itself."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from model.fold import Piece
 from model.local import FoldedSequence
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout
+from tests.cases import case
 from tests.compare import assert_each
 from tests.model.compiled_attention import needs_kernel, use_compiled_attention
 from tests.model.dense import dense_fold, dense_fold_slots
@@ -19,10 +21,9 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gloo
 
-LAYOUTS = pytest.mark.parametrize(
-    ("size", "exchange", "layout"),
-    list(product([2, 4], ["ring", "all_gather"], ["zigzag", "contiguous"])),
-)
+SIZES = pytest.mark.parametrize("size", [2, 4])
+WAYS = list(product(["ring", "all_gather"], ["zigzag", "contiguous"]))
+"""Exchanges and layouts: all in one start of the ranks, which costs more than any."""
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 SEGMENT_LEN = 16
 
@@ -75,6 +76,15 @@ CASES = [(0, False), (0, True), (1, True), (2, False), (2, True)]
 """Segments carried from before, slots."""
 
 
+def every_way(function: Callable[..., Any], dtype: torch.dtype) -> list[Any]:
+    """Runs on a rank: what the function returns for each exchange and layout."""
+    found = []
+    for way in WAYS:
+        with case(*way):
+            found.append(function(*way, dtype))
+    return found
+
+
 def fold_everything(exchange: str, layout_name: str, dtype: torch.dtype) -> list[Any]:
     """Runs on a rank: every case's output and gradients of its slice."""
     size = dist.get_world_size()
@@ -111,11 +121,9 @@ def assemble(parts: list[tuple[Tensor, dict[str, Tensor]]], dim: int) -> dict[st
     return whole
 
 
-@LAYOUTS
-def test_token_attention_is_one_processs(
-    size: int, exchange: str, layout: str, dtype: torch.dtype
-) -> None:
-    ranks = run_ranks(size, fold_everything, exchange, layout, dtype)
+@SIZES
+def test_token_attention_is_one_processs(size: int, dtype: torch.dtype) -> None:
+    ranks = run_ranks(size, every_way, fold_everything, dtype)
     for i, (carried, slots) in enumerate(CASES):
         inputs = fold_inputs(carried, slots)
         upstream = inputs.pop("upstream")
@@ -126,7 +134,10 @@ def test_token_attention_is_one_processs(
 
         expected = output_and_gradients(dense, inputs, upstream)
         assert all(x.abs().max() > 0.1 for x in expected.values())
-        assert_each(assemble([rank[i] for rank in ranks], 2), expected, TOLERANCES[dtype])
+        for n, way in enumerate(WAYS):
+            with case(*way, carried, slots):
+                actual = assemble([rank[n][i] for rank in ranks], 2)
+                assert_each(actual, expected, TOLERANCES[dtype])
 
 
 def slot_inputs() -> dict[str, Tensor]:
@@ -157,24 +168,24 @@ def fold_slots_everything(exchange: str, layout_name: str, dtype: torch.dtype) -
     return places, output_and_gradients(run, inputs, upstream_part(rank).to(dtype))
 
 
-@LAYOUTS
-def test_slot_attention_is_one_processs(
-    size: int, exchange: str, layout: str, dtype: torch.dtype
-) -> None:
-    ranks = run_ranks(size, fold_slots_everything, exchange, layout, dtype)
-    outs = [result.pop("out") for _, result in ranks]
-    assert all(torch.equal(out, outs[0]) for out in outs)  # replicated: the same bits
+@SIZES
+def test_slot_attention_is_one_processs(size: int, dtype: torch.dtype) -> None:
+    ranks = run_ranks(size, every_way, fold_slots_everything, dtype)
 
     def dense(x: dict[str, Tensor]) -> Tensor:
         return dense_fold_slots(x["q"], x["k"], x["v"], (x["slot_k"], x["slot_v"]))
 
     upstream = torch.stack([upstream_part(rank) for rank in range(size)]).sum(0)
     expected = output_and_gradients(dense, slot_inputs(), upstream)
-    parts = [(places, {f"slot {n}" if n == "q" else n: g for n, g in result.items()})
-             for places, result in ranks]  # fmt: skip
-    actual = assemble(parts, 1) | {"out": outs[0].double()}
-    actual["q"] = actual.pop("slot q")
-    assert_each(actual, expected, TOLERANCES[dtype])
+    for way, found in zip(WAYS, zip(*ranks, strict=True), strict=True):
+        with case(*way):
+            outs = [result.pop("out") for _, result in found]
+            assert all(torch.equal(out, outs[0]) for out in outs)  # replicated: the same bits
+            parts = [(places, {f"slot {n}" if n == "q" else n: g for n, g in result.items()})
+                     for places, result in found]  # fmt: skip
+            actual = assemble(parts, 1) | {"out": outs[0].double()}
+            actual["q"] = actual.pop("slot q")
+            assert_each(actual, expected, TOLERANCES[dtype])
 
 
 def bfloat16_gradients(exchange: str) -> dict[str, Tensor]:

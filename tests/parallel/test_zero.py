@@ -3,8 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,18 +13,41 @@ from torch import Tensor, nn
 
 from parallel.mesh import build_mesh
 from parallel.zero import ZeroEngine
+from tests.cases import case
 from tests.compare import assert_each, relative
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gloo
 
-EVERY = pytest.mark.parametrize(
-    ("stage", "bf16"),
-    [pytest.param(s, b, id=f"stage {s} {'bf16' if b else 'fp32'}")
-     for s, b in product((1, 2, 3), (False, True))],
-)  # fmt: skip
+EVERY = [pytest.param((s, b), id=f"stage {s} {'bf16' if b else 'fp32'}")
+         for s, b in product((1, 2, 3), (False, True))]  # fmt: skip
 
 RANKS, LR = 2, 0.01
+
+
+class Probes(NamedTuple):
+    """What every probe (below) found on each rank."""
+
+    bf16: bool
+    of: dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def probes(request: pytest.FixtureRequest) -> Probes:
+    """All probes of one stage and precision in one start of the ranks; the one that fails is named.
+
+    A start costs more than any of them.
+    """
+    ranks = run_ranks(RANKS, probe, *request.param)
+    return Probes(request.param[1], {name: [rank[name] for rank in ranks] for name in PROBES})
+
+
+def probe(stage: int, bf16: bool) -> dict[str, Any]:
+    found = {}
+    for name, function in PROBES.items():
+        with case(name):
+            found[name] = function(stage, bf16)
+    return found
 
 
 class Net(nn.Module):
@@ -93,10 +117,6 @@ def held(engine: ZeroEngine) -> dict[str, Tensor]:
     return found
 
 
-def on_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
-    return run_ranks(RANKS, function, *args)
-
-
 def shares(stage: int, bf16: bool) -> list[tuple[str, int, dict[str, Tensor]]]:
     engine = make(stage, bf16)
     good_step(engine, 0)
@@ -112,9 +132,8 @@ def _full(parameter: Any) -> Tensor:
     return safe_get_full_fp32_param(parameter).clone()
 
 
-@EVERY
-def test_shares_cover_every_element_exactly_once_with_its_master(stage: int, bf16: bool) -> None:
-    ranks = on_ranks(shares, stage, bf16)
+def test_shares_cover_every_element_exactly_once_with_its_master(probes: Probes) -> None:
+    ranks = probes.of["shares"]
     weights = ranks[0][-1][2]
     count = {name: torch.zeros(p.numel()) for name, p in weights.items()}
     for *found, _ in ranks:
@@ -129,21 +148,45 @@ def test_shares_cover_every_element_exactly_once_with_its_master(stage: int, bf1
     assert all(torch.equal(c, torch.ones_like(c)) for c in count.values()), count
 
 
-def both_ranks_share(stage: int, bf16: bool) -> int:
+def share_of_state(stage: int, bf16: bool) -> int:
     engine = make(stage, bf16)
     return sum(f.values["master"].numel() for f in engine.fragments())
 
 
-@EVERY
-def test_optimizer_state_is_halved_over_two_ranks(stage: int, bf16: bool) -> None:
+def test_optimizer_state_is_halved_over_two_ranks(probes: Probes) -> None:
     whole = sum(p.numel() for p in Net(0).parameters())
-    held_by = on_ranks(both_ranks_share, stage, bf16)
+    held_by = probes.of["share of state"]
     assert sum(held_by) == whole
     assert max(held_by) < 0.6 * whole
 
 
-def continue_restored(stage: int, bf16: bool, used: bool) -> None:
-    """4 steps equal 2 steps, copy into an engine that trained on something else, 2 steps."""
+class Pair(NamedTuple):
+    """What two engines have that should be the same: now and some steps later."""
+
+    counts: tuple[int, int]
+    now: list[dict[str, Tensor]]
+    norms: list[list[float]]
+    later: list[dict[str, Tensor]]
+
+    def assert_same_bits(self) -> None:
+        assert self.counts[0] == self.counts[1]
+        assert_each(*self.now, 0.0)
+        assert self.norms[0] == self.norms[1]
+        assert_each(*self.later, 0.0)
+
+
+def go_on(fresh: ZeroEngine, engine: ZeroEngine, *steps: int) -> Pair:
+    engines = (fresh, engine)
+    return Pair(
+        (fresh.optimizer_step_count(), engine.optimizer_step_count()),
+        [held(e) for e in engines],
+        [[good_step(e, step) for step in steps] for e in engines],
+        [held(e) for e in engines],
+    )
+
+
+def continue_restored(stage: int, bf16: bool, used: bool) -> Pair:
+    """4 steps, and 2 steps, copy into an engine that trained on something else, 2 steps."""
     engine = make(stage, bf16)
     for step in (0, 1):
         good_step(engine, step)
@@ -157,17 +200,14 @@ def continue_restored(stage: int, bf16: bool, used: bool) -> None:
         for kind, value in fragment.values.items():
             value.copy_(saved[fragment.name, fragment.start][kind])
     fresh.restore(count)
-    assert count == fresh.optimizer_step_count() == 2
-    assert_each(held(fresh), held(engine), 0.0)
-    for step in (2, 3):
-        assert good_step(fresh, step) == good_step(engine, step)
-    assert_each(held(fresh), held(engine), 0.0)
+    return go_on(fresh, engine, 2, 3)
 
 
-@EVERY
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used before"])
-def test_a_restored_engine_goes_on_bit_for_bit(stage: int, bf16: bool, used: bool) -> None:
-    on_ranks(continue_restored, stage, bf16, used)
+@pytest.mark.parametrize("engine", ["fresh", "used"])
+def test_a_restored_engine_goes_on_bit_for_bit(probes: Probes, engine: str) -> None:
+    for rank in probes.of[f"continue {engine}"]:
+        assert rank.counts[0] == 2
+        rank.assert_same_bits()
 
 
 FROZEN = ("first.weight", "first.bias")
@@ -181,12 +221,9 @@ def frozen_shares(stage: int, bf16: bool) -> list[tuple[str, int, dict[str, Tens
             for f in engine.fragments() if f.name in FROZEN]  # fmt: skip
 
 
-@EVERY
-def test_frozen_parameters_are_shared_out_as_they_began_without_moments(
-    stage: int, bf16: bool
-) -> None:
+def test_frozen_parameters_are_shared_out_as_they_began_without_moments(probes: Probes) -> None:
     began, left = dict(Net(0).named_parameters()), {name: 0 for name in FROZEN}
-    for found in on_ranks(frozen_shares, stage, bf16):
+    for found in probes.of["frozen shares"]:
         assert found  # no rank holds nothing
         for name, start, values in found:
             assert values.keys() == {"master"}
@@ -198,7 +235,7 @@ def test_frozen_parameters_are_shared_out_as_they_began_without_moments(
     assert left == {name: began[name].numel() for name in FROZEN}
 
 
-def continue_frozen(stage: int, bf16: bool) -> None:
+def continue_frozen(stage: int, bf16: bool) -> Pair:
     engine, fresh = (make(stage, bf16, seed=seed, frozen=FROZEN) for seed in (0, 1))
     good_step(engine, 0)
     good_step(fresh, 9)
@@ -206,18 +243,18 @@ def continue_frozen(stage: int, bf16: bool) -> None:
         for kind, value in new.values.items():
             value.copy_(old.values[kind].float())  # as a checkpoint holds them
     fresh.restore(engine.optimizer_step_count())
-    assert_each(held(fresh), held(engine), 0.0)
-    assert good_step(fresh, 1) == good_step(engine, 1)
-    assert_each(held(fresh), held(engine), 0.0)
+    return go_on(fresh, engine, 1)
 
 
-@EVERY
-def test_frozen_parameters_come_back_bit_for_bit(stage: int, bf16: bool) -> None:
-    on_ranks(continue_frozen, stage, bf16)
+def test_frozen_parameters_come_back_bit_for_bit(probes: Probes) -> None:
+    for rank in probes.of["continue frozen"]:
+        rank.assert_same_bits()
 
 
-def accumulate(stage: int, bf16: bool) -> None:
+def accumulate(stage: int, bf16: bool) -> tuple[list[Any], ...]:
+    """Norms and results of several backwards a step, and of one."""
     one, many = make(stage, bf16), make(stage, bf16)
+    norms: tuple[list[Any], list[Any]] = [], []
     for step in (0, 1):
         backward(one, step)
         if bf16:  # 32 times a 32nd is exact in bfloat16, and so is its sum in float32 alone
@@ -226,82 +263,97 @@ def accumulate(stage: int, bf16: bool) -> None:
         else:
             for i in range(4):
                 backward(many, step, rows=slice(i, i + 1), last=i == 3)
-        assert many.step(LR) == pytest.approx(one.step(LR), rel=1e-6)
-    assert_each(held(many), held(one), 2e-6)
+        for found, engine in zip(norms, (many, one), strict=True):
+            found.append(engine.step(LR))
+    return *norms, [held(many), held(one)]
 
 
-@EVERY
-def test_several_backwards_in_one_step_equal_one(stage: int, bf16: bool) -> None:
-    on_ranks(accumulate, stage, bf16)
+def test_several_backwards_in_one_step_equal_one(probes: Probes) -> None:
+    for many, one, ends in probes.of["accumulate"]:
+        assert many == pytest.approx(one, rel=1e-6)
+        assert_each(*ends, 2e-6)
 
 
-def refuse(stage: int, bf16: bool) -> None:
-    """Good, bad, bad, good equals good, good; only rank 1 sees what is not finite."""
+class Refused(NamedTuple):
+    """An engine before its bad steps, after each, and then beside one that never had any."""
+
+    before: dict[str, Tensor]
+    norms: list[float | None]
+    after: list[dict[str, Tensor]]
+    counts: list[int]
+    goes_on: Pair
+
+
+def refuse(stage: int, bf16: bool) -> Refused:
+    """Good, bad, bad, good, and good, good; only rank 1 sees what is not finite."""
     bad, clean = make(stage, bf16), make(stage, bf16)
     good_step(bad, 0), good_step(clean, 0)
-    before = held(bad)
+    found = Refused(held(bad), [], [], [], None)
     for value, windows in ((float("inf"), 1), (float("nan"), 2)):
         backward(bad, 1, times=value if bad.mesh.rank == 1 else 1.0, last=windows == 1)
         if windows == 2:
             backward(bad, 2)
-        assert bad.step(LR) is None
-        assert_each(held(bad), before, 0.0)
-        assert bad.optimizer_step_count() == 1
-    assert good_step(bad, 3) == good_step(clean, 3)
-    assert_each(held(bad), held(clean), 0.0)
-    moved = held(bad)
-    assert all(relative(moved[name], before[name]) > 0 for name in before)
+        found.norms.append(bad.step(LR))
+        found.after.append(held(bad))
+        found.counts.append(bad.optimizer_step_count())
+    return found._replace(goes_on=go_on(bad, clean, 3))
 
 
-@EVERY
-def test_a_gradient_that_is_not_finite_leaves_no_trace(stage: int, bf16: bool) -> None:
-    on_ranks(refuse, stage, bf16)
+def test_a_gradient_that_is_not_finite_leaves_no_trace(probes: Probes) -> None:
+    for rank in probes.of["refuse"]:
+        assert rank.norms == [None, None]
+        assert rank.counts == [1, 1]
+        for after in rank.after:
+            assert_each(after, rank.before, 0.0)
+        rank.goes_on.assert_same_bits()
+        moved = rank.goes_on.later[0]
+        assert all(relative(moved[name], rank.before[name]) > 0 for name in moved)
 
 
-def scaled_moves(stage: int, bf16: bool) -> None:
-    """A group's lr_scale multiplies its moves, at every step's rate, and nobody else's."""
-    one, many = (make(stage, bf16, scale=scale) for scale in (1.0, 4.0))
-    for step in (0, 1):
-        moves = []
-        for engine in (one, many):
-            before = {f.name: f.values["master"].clone() for f in engine.fragments()}
-            good_step(engine, step)
-            moves.append({f.name: f.values["master"] - before[f.name] for f in engine.fragments()})
-        moved = moves[1].pop("second.bias", None), moves[0].pop("second.bias", None)
-        if step == 0:
-            assert_each(moves[1], moves[0], 0.0)
-            if moved[1] is not None:  # of this rank's share
-                # of values of about 1 (float32), which moved by 0.01
-                assert relative(moved[0], 4 * moved[1]) < 1e-4
-    assert {group["lr"] / group.get("lr_scale", 1.0) for group in many.base.param_groups} == {
-        2 * LR
-    }
+def scaled_moves(stage: int, bf16: bool) -> tuple[list[dict[str, Tensor]], set[float]]:
+    """The first step's moves with a group's lr_scale of 1 and of 4; later, all groups' rates."""
+    engines, moves = [make(stage, bf16, scale=scale) for scale in (1.0, 4.0)], []
+    for engine in engines:
+        before = {f.name: f.values["master"].clone() for f in engine.fragments()}
+        good_step(engine, 0)
+        moves.append({f.name: f.values["master"] - before[f.name] for f in engine.fragments()})
+    for engine in engines:
+        good_step(engine, 1)
+    groups = engines[1].base.param_groups
+    return moves, {group["lr"] / group.get("lr_scale", 1.0) for group in groups}
 
 
-@EVERY
-def test_a_groups_scale_multiplies_its_rate_at_every_step(stage: int, bf16: bool) -> None:
-    on_ranks(scaled_moves, stage, bf16)
+def test_a_groups_scale_multiplies_its_rate_at_every_step(probes: Probes) -> None:
+    """And nobody else's."""
+    seen = 0
+    for (one, many), rates in probes.of["scaled moves"]:
+        if "second.bias" in one:  # of this rank's share
+            # of values of about 1 (float32), which moved by 0.01
+            assert relative(many.pop("second.bias"), 4 * one.pop("second.bias")) < 1e-4
+            seen += 1
+        assert_each(many, one, 0.0)
+        assert rates == {2 * LR}
+    assert seen
 
 
-def forget_gradients(stage: int, bf16: bool) -> None:
-    engine = make(stage, bf16)
-    backward(engine, 0)
-    first = engine.step(0.0)
-    backward(engine, 0)
-    assert engine.step(0.0) == first
+def forget_gradients(stage: int, bf16: bool) -> list[float | None]:
+    engine, norms = make(stage, bf16), []
+    for _ in range(2):
+        backward(engine, 0)
+        norms.append(engine.step(0.0))
+    return norms
 
 
-@EVERY
-def test_a_step_begins_without_gradients_of_the_last(stage: int, bf16: bool) -> None:
-    on_ranks(forget_gradients, stage, bf16)
+def test_a_step_begins_without_gradients_of_the_last(probes: Probes) -> None:
+    for first, second in probes.of["forget gradients"]:
+        assert second == first
 
 
 def norm_of_step(stage: int, bf16: bool) -> float:
     return good_step(make(stage, bf16), 0)
 
 
-@EVERY
-def test_the_norm_is_of_the_sum_over_ranks_before_clipping(stage: int, bf16: bool) -> None:
+def test_the_norm_is_of_the_sum_over_ranks_before_clipping(probes: Probes) -> None:
     model = Net(0)
     for rank in range(RANKS):
         generator = torch.Generator().manual_seed(rank)
@@ -309,8 +361,23 @@ def test_the_norm_is_of_the_sum_over_ranks_before_clipping(stage: int, bf16: boo
         (model(x) - y).square().sum().backward()
     expected = torch.cat([p.grad.ravel() for p in model.parameters()]).norm().item()
     assert expected > 10 * 0.5  # the clip
-    tolerance = 2**-6 if bf16 else 1e-6
-    assert on_ranks(norm_of_step, stage, bf16) == [pytest.approx(expected, rel=tolerance)] * 2
+    tolerance = 2**-6 if probes.bf16 else 1e-6
+    assert probes.of["norm of step"] == [pytest.approx(expected, rel=tolerance)] * 2
+
+
+PROBES: dict[str, Callable[[int, bool], Any]] = {
+    "shares": shares,
+    "share of state": share_of_state,
+    "continue fresh": partial(continue_restored, used=False),
+    "continue used": partial(continue_restored, used=True),
+    "frozen shares": frozen_shares,
+    "continue frozen": continue_frozen,
+    "accumulate": accumulate,
+    "refuse": refuse,
+    "scaled moves": scaled_moves,
+    "forget gradients": forget_gradients,
+    "norm of step": norm_of_step,
+}
 
 
 def test_a_rank_does_not_import_mlflow_for_deepspeeds_autotuner() -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tests.ranks import begin_lean, warm
 from tests.train.runs import ROOT, write
 from train.settings.config import Config
 
@@ -134,6 +135,7 @@ def _be_rank(
     code = 1
     try:
         torch.set_num_threads(1)
+        begin_lean()
         for descriptor in (1, 2):
             os.dup2(os.open(f"{folder}/output", os.O_WRONLY | os.O_APPEND), descriptor)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
@@ -162,6 +164,7 @@ def _warm() -> None:
     from parallel.zero import load_deepspeed
 
     load_deepspeed("cpu")
+    warm()
 
 
 def pretrain(config: Config, fork: str | None = None) -> int:

@@ -32,6 +32,7 @@ from model.local import FoldedSequence
 from parallel.mesh import build_mesh
 from parallel.ring import choose_exchange
 from parallel.slicing import choose_layout
+from tests.cases import case
 from tests.data.corpora import Numbers
 from tests.ranks import run_ranks
 from train.evaluation.measure import ALL, Forward, choose_lanes, count_steps
@@ -363,30 +364,38 @@ def test_cost_is_measured_beside_the_loss(corpus: Corpus) -> None:
     assert evaluate(forward_of(make_model(NoMemory())), corpus, "on").state_bytes == 2 * 8
 
 
-def measure_on_rank(folder: Path, cp: int, name: str) -> Evaluation:
+SHARED = ("window", "fam", "infini", "rmt", "hmt")
+
+
+def measure_on_rank(folder: Path, cp: int) -> dict[str, Evaluation]:
     mesh = build_mesh(tp=1, cp=cp)
     layout = choose_layout("zigzag", cp)
-    sequence = FoldedSequence(layout, choose_exchange("ring", mesh.cp_group))
-    model = make_model(MEMORIES[name], sequence=sequence)
-    corpus = Corpus.open(folder)
-    return evaluate(forward_of(model), corpus, lanes=4, mesh=mesh, layout=layout)
+    corpus, found = Corpus.open(folder), {}
+    for name in SHARED:
+        sequence = FoldedSequence(layout, choose_exchange("ring", mesh.cp_group))
+        forward = forward_of(make_model(MEMORIES[name], sequence=sequence))
+        with case(name):
+            found[name] = evaluate(forward, corpus, lanes=4, mesh=mesh, layout=layout)
+    return found
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["window", "fam", "infini", "rmt", "hmt"])
 @pytest.mark.parametrize("cp", [1, 2])
-def test_two_ranks_find_what_one_process_finds(cp: int, name: str, corpus: Corpus) -> None:
+def test_two_ranks_find_what_one_process_finds(cp: int, corpus: Corpus) -> None:
     # DP 2 has groups of two lanes, CP 2 and one process one of four: other donors
     groups = {"micro_batch": 2, "segments": 1} if cp == 1 else {}
-    expected = evaluate(forward_of(make_model(MEMORIES[name])), corpus, lanes=4, **groups)
-    ranks = run_ranks(2, measure_on_rank, corpus.folder, cp, name)
-    for condition in ("on", "off", "shuffled", "beyond", "paired"):
-        mine, other, alone = (getattr(e, condition) for e in (*ranks, expected))
-        assert mine == other
-        assert (
-            (mine is None)
-            == (alone is None)
-            == (condition == "beyond" and name not in ("fam", "infini"))
-        )
-        if mine is not None:
-            assert_same(mine, alone, ordered=True)
+    ranks = run_ranks(2, measure_on_rank, corpus.folder, cp)
+    for name in SHARED:
+        expected = evaluate(forward_of(make_model(MEMORIES[name])), corpus, lanes=4, **groups)
+        for condition in ("on", "off", "shuffled", "beyond", "paired"):
+            found = (ranks[0][name], ranks[1][name], expected)
+            mine, other, alone = (getattr(e, condition) for e in found)
+            with case(name, condition):
+                assert mine == other
+                assert (
+                    (mine is None)
+                    == (alone is None)
+                    == (condition == "beyond" and name not in ("fam", "infini"))
+                )
+                if mine is not None:
+                    assert_same(mine, alone, ordered=True)
