@@ -224,9 +224,10 @@ def pretrain(
         raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
     fresh = fresh and not _is_restart()
     from train.quiet import quieten_libraries
-    from train.signals import StopRequest
+    from train.signals import StopRequest, follow_launcher
 
     stop = StopRequest()  # before torch is imported, which takes seconds: no signal is lost
+    follow_launcher()
     quieten_libraries()
     from train.pretrain import run
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
@@ -13,11 +15,27 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SIGTERM: SLURM and torchrun; SIGUSR1: SLURM's --signal before the time limit; SIGINT: Ctrl-C."""
 
+_PR_SET_PDEATHSIG = 1
+
 T = TypeVar("T")
 
 
 class StopAgreed(Exception):
     """All ranks have agreed to stop: what was being done is left, on all of them at once."""
+
+
+def follow_launcher() -> None:
+    """Let this rank be asked to stop when the torchrun that started it is killed.
+
+    Nobody else would: it would train on, unseen, in a folder where the same command is given again.
+    (Linux tells a process of its parent's end; elsewhere nothing changes.)
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM)) == 0 and os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # it was gone before
 
 
 class StopRequest:

@@ -170,7 +170,10 @@ def test_a_fault_is_named_and_the_checkpoint_before_taken(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_process_finds_the_same_faults(
-    fault: Callable[[Path], str], two_checkpoints: Path, tmp_path: Path
+    fault: Callable[[Path], str],
+    two_checkpoints: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints/step-00000020"
@@ -179,6 +182,8 @@ def test_one_process_finds_the_same_faults(
         verify(newest)
     assert text in str(caught.value)
     assert choose_checkpoint(tmp_path)[0].name == "step-00000010"
+    told = capsys.readouterr().err
+    assert text in told and "step-00000010 is taken, which is older" in told
 
 
 def test_a_damaged_checkpoint_asked_for_by_name_is_refused(

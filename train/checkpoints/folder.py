@@ -14,7 +14,9 @@ layout). Weights themselves are the rounded masters: not stored.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -160,7 +162,7 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
 def choose_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     """Return one checkpoint, verified: folder itself, or the newest good one of a run folder.
 
-    Raises ValueError where there is none.
+    Says which newer ones are not good (rank 0, on stderr). Raises ValueError where there is none.
     """
     if (folder / "manifest.json").exists() and "step-" in folder.name:
         try:
@@ -170,9 +172,14 @@ def choose_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     problems = []
     for checkpoint in reversed(list_checkpoints(folder / "checkpoints")):
         try:
-            return checkpoint, verify(checkpoint)
+            manifest = verify(checkpoint)
         except BadCheckpoint as error:
             problems.append(str(error))
+            continue
+        if problems and os.environ.get("RANK", "0") == "0":
+            text = f"WARNING: {'; '.join(problems)}; {checkpoint} is taken, which is older"
+            print(text, file=sys.stderr, flush=True)
+        return checkpoint, manifest
     found = "; ".join(problems) or "it has no checkpoints/step-*"
     raise ValueError(f"{folder} holds no good checkpoint: {found}")
 
