@@ -202,10 +202,11 @@ def pretrain(
 
         typer.echo((config if fork is None else name_fork(config, fork)[0]).run_dir)
         return
-    fresh = fresh and not _is_restart()
     from train.quiet import quieten_libraries
     from train.signals import StopRequest
+    from train.starting.fresh import begun_before
 
+    fresh = fresh and not begun_before(config.run_dir)
     stop = StopRequest()  # before torch is imported, which takes seconds: no signal is lost
     quieten_libraries()
     from train.pretrain import run
@@ -402,15 +403,6 @@ def main() -> None:
             # read; once ranks run, an error can be one rank's own: say whose.
             typer.echo(f"[rank {rank}] {error}", err=True)
         sys.exit(REFUSED)
-
-
-def _is_restart() -> bool:
-    """Return whether SLURM or torchrun started this very command before.
-
-    A requeued job runs the same line again; --fresh in it must not throw its progress away.
-    """
-    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
 
 
 def _listed(text: str | None) -> list[str]:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from train.reading import model_vocab_size
 from train.settings.config import Config, dump
 from train.starting.fork import Data, begin_fork, plan_fork
+from train.starting.fresh import begin_again
 from train.starting.inputs import Inputs, open_inputs
-from train.starting.resume import set_aside
 
 
 def open_run(
@@ -30,7 +30,7 @@ def open_run(
     inputs = open_inputs(config, fresh=fresh)
     if fresh and first:
         # The others look into the folder only after they have met rank 0.
-        aside = set_aside(config.run_dir)
+        aside = begin_again(config.run_dir)
         if aside is not None:
             _say(f"--fresh: {config.run_dir} is now {aside}")
     return config, inputs
