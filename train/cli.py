@@ -222,10 +222,11 @@ def pretrain(
     config = _load_for_ranks(file, overrides or (), fresh=fresh, fork=fork)
     if fresh and fork is not None:
         raise ValueError(f"--fresh and --fork {fork} exclude each other; give one")
-    fresh = fresh and not _is_restart()
     from train.quiet import quieten_libraries
     from train.signals import StopRequest, follow_launcher
+    from train.starting.fresh import begun_before
 
+    fresh = fresh and not begun_before(config.run_dir)
     stop = StopRequest()  # before torch is imported, which takes seconds: no signal is lost
     follow_launcher()
     quieten_libraries()
@@ -446,15 +447,6 @@ def _load_for_ranks(
         words += ["--fork", fork] if fork is not None else []
         command = launch_command(parallel.tp * parallel.cp, *words)
         raise ValueError(f"{error}\nstart them with:\n  {command}") from None
-
-
-def _is_restart() -> bool:
-    """Return whether SLURM or torchrun started this very command before.
-
-    A requeued job runs the same line again; --fresh in it must not throw its progress away.
-    """
-    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    return any(os.environ.get(count, "0") not in ("", "0") for count in counts)
 
 
 def _listed(text: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Jobs of the tests: submitted through slurm/smoke.sh, watched through files."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Job:
         The ranks get five minutes to stop, where the machine has much else to do.
         """
         self.cluster, self.folder = cluster, folder
-        options = [word for word in words if word.startswith("--")]
+        options = list(takewhile(lambda word: word.startswith("--"), words))
         self.number = cluster.submit(
             f"--output={folder}/job.out",
             f"--chdir={ROOT}",

@@ -3,13 +3,16 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import COUNTING_RANKS, ROOT, Job
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.jobs import COUNTING_RANKS, ROOT, START_S, Job
+from tests.train.attempts import finish, losses
 from tests.train.runs import write
 from tests.train.tiny import prepare_shards, tiny
+from train.settings.config import validate
 
 pytestmark = [pytest.mark.slow, pytest.mark.gloo, pytest.mark.slurm]
 
@@ -59,6 +62,53 @@ def test_a_submitted_run_passes_preflight_and_finishes(cluster: Cluster, tmp_pat
     rows = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
     assert rows[-1]["status"] == "done"
     assert rows[-1]["step"] == 3
+
+
+def pretraining(cluster: Cluster, folder: Path, raw: dict[str, Any], *words: str) -> Job:
+    """Return a job of two ranks at a configuration; its log lies beside the run folders."""
+    file = str(write(folder, raw))
+    log = f"--output={folder}/job.out"
+    return Job(cluster, Path(raw["run_dir"]), log, "longhaul", "pretrain", file, *words)
+
+
+def ended(run_dir: Path) -> list[str]:
+    lines = (run_dir / "attempts.jsonl").read_text().splitlines()
+    return [row["status"] for row in map(json.loads, lines) if "ended" in row]
+
+
+def warn_once(job: Job, run_dir: Path) -> None:
+    """Let the first attempt be stopped after its beginning, and the second run to the end."""
+    wait_until((run_dir / "config.yaml").exists, timeout_s=START_S, what="its ranks")
+    job.warn()
+    job.wait_for_restart(1)
+    job.cluster.start_now(job.number)
+    job.finish()
+
+
+def test_a_job_at_a_fork_leaves_the_parent_alone(cluster: Cluster, tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    raw = tiny(parent, prepare_shards(tmp_path), train__steps=3, parallel={"cp": 2})
+    finish(2, validate(raw))
+    before = {path.name for path in parent.iterdir()}
+    job = pretraining(cluster, tmp_path, raw, "train.steps=60", "--fork", "child")
+    warn_once(job, child)
+    assert ended(child) == ["stopped", "done"], (tmp_path / "job.out").read_text()
+    assert [row[0] for row in losses(child)] == list(range(1, 61))
+    assert {path.name for path in parent.iterdir()} == before
+
+
+def test_a_job_that_begins_again_does_so_once(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    raw = tiny(run_dir, prepare_shards(tmp_path), train__steps=3, parallel={"cp": 2})
+    finish(2, validate(raw))
+    (run_dir / "config.yaml").unlink()  # it tells when the new one has begun
+    job = pretraining(cluster, tmp_path, raw, "train.steps=60", "--fresh")
+    warn_once(job, run_dir)
+    assert ended(run_dir) == ["stopped", "done"], (tmp_path / "job.out").read_text()
+    assert [row[0] for row in losses(run_dir)] == list(range(1, 61))
+    (aside,) = tmp_path.glob("run.*")
+    assert [row[0] for row in losses(aside)] == [1, 2, 3]
+    assert (aside / "DONE").exists() and not (aside / "attempts.jsonl").exists()
 
 
 def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import yaml
 
 from tests.train.runs import longhaul, small, write
 from train.settings.config import load, validate
-from train.starting.resume import set_aside
 
 # runs a command line with the module that another part owns replaced, and prints its call
 _STUBBED = """
@@ -142,13 +140,15 @@ def test_the_folder_that_a_command_writes_is_told_without_torch(
 
 
 def test_a_requeued_job_is_not_fresh_again(tmp_path: Path) -> None:
-    path = write(tmp_path, small(run_dir=str(tmp_path / "run")))
+    run = tmp_path / "run"
+    path = write(tmp_path, small(run_dir=str(run)))
     code = _STUBBED.format(name="train.pretrain")
+    run.mkdir()
+    (run / "fresh.json").write_text('{"job": "7"}')
 
-    first = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="0")
-    assert first.stdout == "small [('fork', None), ('fresh', True)]\n"
-
-    restarted = longhaul("pretrain", path, "--fresh", code=code, SLURM_RESTART_COUNT="1")
+    restarted = longhaul(
+        "pretrain", path, "--fresh", code=code, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"
+    )
     assert restarted.stdout == "small [('fork', None), ('fresh', False)]\n"
 
 
@@ -160,18 +160,6 @@ def test_fresh_leaves_the_old_run_in_place_when_something_is_wrong(tmp_path: Pat
     done = longhaul("pretrain", write(tmp_path, raw), "--fresh")
     assert done.returncode == 2
     assert (run / "log").read_text() == "old"
-
-
-def test_setting_aside_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "strftime", lambda _: "NOW")
-    run = tmp_path / "run"
-    assert set_aside(run) is None
-    run.mkdir()
-    assert set_aside(run) is None, "nothing is in it"
-    for expected in ("run.NOW", "run.NOW-2", "run.NOW-3"):
-        run.mkdir(exist_ok=True)
-        (run / "file").touch()
-        assert set_aside(run) == tmp_path / expected
 
 
 def test_config_prints_what_loads_to_the_same(tmp_path: Path) -> None:

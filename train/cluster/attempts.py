@@ -13,6 +13,7 @@ the ranks' environment is broken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from data.durable import write_atomically
 from train.checkpoints.names import list_checkpoints, step_of
 from train.cluster.failure import FOLDER, PREFLIGHT, REFUSED, first_failure
 
@@ -73,8 +75,10 @@ def begin(run_dir: Path, *, job: str | None, nodes: Sequence[str], lost: Sequenc
             _end(run_dir, open_row, "stopped", "SLURM ended the job without a warning", None)
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
     (run_dir / FOLDER).mkdir()
-    # What follows decides anew; the ranks would delete it as well, but may not get so far.
-    (run_dir / "DONE").unlink(missing_ok=True)
+    # What follows decides anew; the ranks would delete it as well, but may not get so far. Kept for
+    # `take_along`: if they begin again, the run was done all the same.
+    with contextlib.suppress(FileNotFoundError):
+        (run_dir / "DONE").replace(run_dir / FOLDER / "DONE")
     number = max(numbers, default=0) + 1
     started = {
         "attempt": number,
@@ -85,6 +89,26 @@ def begin(run_dir: Path, *, job: str | None, nodes: Sequence[str], lost: Sequenc
     }
     _append(run_dir, started)
     return number
+
+
+def take_along(old: Path, new: Path, job: str) -> None:
+    """Move the job's open attempt, if there is one, from the folder of a run to that of the next.
+
+    The ranks have set the old run aside, to begin at step 0: what it reached, before this job or
+    in it, is no measure of whether the new one gets on.
+    """
+    rows = _rows(old)
+    row = _unended(rows)
+    if row is None or row["job"] != job:
+        return
+    (old / FOLDER).rename(new / FOLDER)
+    _append(new, row | {"from_step": None})
+    if len(rows) > 1:
+        write_atomically(old / ATTEMPTS, "".join(json.dumps(each) + "\n" for each in rows[:-1]))
+    else:
+        (old / ATTEMPTS).unlink()
+    with contextlib.suppress(FileNotFoundError):
+        (new / FOLDER / "DONE").replace(old / "DONE")
 
 
 def is_note(name: str) -> bool:

@@ -12,6 +12,8 @@ from train.cluster.lead import lead_for, read_timing
 from train.settings.config import Config
 
 LIBRARY = Path("slurm/lib.sh")
+SCRIPT_NAME = "job.sh"
+"""Of a run folder: the script that was rendered for it."""
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -53,7 +55,7 @@ class Request(NamedTuple):
 
 def job_script(config: Config) -> Path:
     """Return where a run's script is written."""
-    return config.run_dir / "job.sh"
+    return config.run_dir / SCRIPT_NAME
 
 
 def render(config: Config, file: Path, overrides: Sequence[str], request: Request) -> str:

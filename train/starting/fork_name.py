@@ -12,6 +12,7 @@ from typing import Any
 
 from train.cluster.attempts import is_note
 from train.settings.config import Config, ConfigError, validate
+from train.starting.lock import LOCK
 
 PARENT = "parent.json"
 
@@ -29,7 +30,8 @@ def name_fork(config: Config, name: str) -> tuple[Config, dict[str, Any] | None]
         raise fork_problem(name, "this run itself has the name; give another one")
     # Looked at before the parent is read: rank 0, which may be further, writes that first.
     taken = child.run_dir.exists() and any(
-        not (path.name.startswith(PARENT) or is_note(path.name)) for path in child.run_dir.iterdir()
+        not (path.name.startswith(PARENT) or path.name == LOCK or is_note(path.name))
+        for path in child.run_dir.iterdir()
     )
     origin = read_parent(child.run_dir)
     ours = origin is not None and Path(origin["run"]) == config.run_dir

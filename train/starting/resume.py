@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -193,19 +191,3 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         (self.path / "DONE").unlink(missing_ok=True)
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Return where a run folder was moved to, None where there was nothing in it.
-
-    The name is the folder's with the time, so nothing of an old run is ever overwritten.
-    """
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    stem = f"{folder.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}"
-    aside, number = folder.with_name(stem), 1
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{stem}-{number}")
-    folder.rename(aside)
-    return aside

@@ -10,8 +10,9 @@ from train.agree import of_all
 from train.reading import model_vocab_size
 from train.settings.config import Config, dump
 from train.starting.fork import Data, begin_fork, plan_fork
+from train.starting.fresh import begin_again
 from train.starting.inputs import Inputs, open_inputs
-from train.starting.resume import set_aside
+from train.starting.lock import hold, release
 
 
 def open_run(
@@ -21,17 +22,22 @@ def open_run(
 
     fresh: begin again, an old folder gets another name. fork: the name of a new run that begins
     from this one's newest checkpoint. Every rank calls this, before it meets the others. Raises
-    ConfigError with every problem of data and checkpoint.
+    ConfigError with every problem of data and checkpoint, and ValueError where
+    another process trains the run.
     """
     first = os.environ.get("RANK", "0") == "0"
     if fork is not None:
         return _open_fork(config, fork, first=first)
     inputs = open_inputs(config, fresh=fresh)
-    if fresh and first:
+    if first:
         # The others look into the folder only after they have met rank 0.
-        aside = set_aside(config.run_dir)
-        if aside is not None:
-            _say(f"--fresh: {config.run_dir} is now {aside}")
+        hold(config.run_dir)
+        if fresh:
+            aside = begin_again(config.run_dir)
+            if aside is not None:
+                release(config.run_dir)
+                hold(config.run_dir)
+                _say(f"--fresh: {config.run_dir} is now {aside}")
     return config, inputs
 
 
@@ -43,8 +49,10 @@ def _open_fork(config: Config, name: str, *, first: bool) -> tuple[Config, Input
     fork = plan_fork(config, name, data)
     if fork.begun or fork.keeps == "weights":
         inputs = open_inputs(fork.config)
-    if first and not fork.begun:
-        begin_fork(fork, data, _say)
+    if first:
+        hold(fork.config.run_dir)
+        if not fork.begun:
+            begin_fork(fork, data, _say)
     return fork.config, inputs
 
 
