@@ -16,6 +16,8 @@ DRILL_ARGS ?= --kills 100
 # Test processes of pytest-xdist; 0 runs in one. Distributed tests start 2 to 4 ranks themselves,
 # which wait for one another much of the time.
 JOBS ?= 2
+# A file stays with one process: what its tests share is made once.
+SPREAD := -n $(JOBS) --dist loadfile
 QUICKSTART_ARGS ?=
 
 VENV := .venv
@@ -51,10 +53,10 @@ quickstart: $(READY)  ## set up, then pretrain a small model on this machine: fo
 	  $(BIN)/longhaul pretrain configs/quickstart.yaml $(QUICKSTART_ARGS)
 
 test: $(READY)  ## set up, then run the tests (without those marked slow)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(READY)  ## the tests marked slow, without those of the cluster
-	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not slurm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "slow and not slurm" $(PYTEST_ARGS)
 
 test-slurm: $(READY)  ## jobs on a real one-machine SLURM: stopped, preempted, killed, resumed
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(PYTEST_ARGS)
