@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from data.loader import load
 from model.config import ModelConfig
 from parallel.mesh import Mesh, build_mesh, start_processes
+from train.agree import of_first
 from train.build import Built, build, to_model_config
 from train.cluster.failure import tell_launcher, tell_stopped
 from train.corpora import Course, start_course
@@ -93,6 +95,11 @@ def build_from(start: Start | None, config: Config, model_config: ModelConfig, m
     return build(config, model_config, mesh, lambda model: take_weights(model, start, mesh))
 
 
+def was_finished(run_dir: Path, step: int) -> bool:
+    """Return whether an attempt before this one finished the run at this step."""
+    return any((e["kind"], e["step"]) == ("finished", step) for e in read_events(run_dir))
+
+
 class Pretraining:
     """One attempt at a run: what its parts share while it lasts."""
 
@@ -163,15 +170,11 @@ class Pretraining:
         if step < steps:
             return False
         # The timeline says it; DONE does not, for a job deletes it when it begins.
-        events = read_events(self.config.run_dir) if self.mesh.rank == 0 else []
-        told = [any((e["kind"], e["step"]) == ("finished", step) for e in events)]
-        dist.broadcast_object_list(told)
-        (finished,) = told
-        if step == steps and not finished:
+        if step == steps and not of_first(lambda: was_finished(self.config.run_dir, step)):
             return False
         self.reporter.say(nothing_left(self.config.run_dir, step, steps))
-        if finished and self.mesh.rank == 0:
-            self.folder.finish(step)  # resuming took the mark away
+        if self.mesh.rank == 0:
+            self.folder.finish(step)  # or a job would start it again and again
         return True
 
     def _open_traces(self) -> Traces:

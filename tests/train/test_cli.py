@@ -219,8 +219,8 @@ def test_prepare_writes_shards_that_it_names(tmp_path: Path) -> None:
     arguments = ["prepare", texts, "--output", out, "--valid-fraction", 0.3, "--workers", 1]
     done = longhaul(*arguments)
     assert done.returncode == 0, done.stderr
-    assert re.search(rf"^{re.escape(str(out))}/train: \d documents, ", done.stdout, re.M)
-    assert re.search(rf"^{re.escape(str(out))}/valid: \d documents, ", done.stdout, re.M)
+    assert re.search(rf"^{re.escape(str(out))}/train: \d documents?, ", done.stdout, re.M)
+    assert re.search(rf"^{re.escape(str(out))}/valid: \d documents?, ", done.stdout, re.M)
     assert "--force writes it anew" in longhaul_here(*arguments).stdout
 
 

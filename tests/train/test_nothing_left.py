@@ -61,7 +61,7 @@ def test_fewer_steps_than_are_done_are_told_and_leave_the_run_as_it_is(
     text = finish(1, config)
     assert "nothing left to train: step 4, train.steps=3; give train.steps=8" in text
     assert "valid/loss" not in text
-    assert (config.run_dir / "DONE").read_text() == f"{STEPS}\n"
+    assert (config.run_dir / "DONE").read_text() == f"{STEPS}\n"  # or a job would start anew
     assert (config.run_dir / "config.yaml").read_text() == saved
 
 

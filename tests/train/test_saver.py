@@ -241,7 +241,7 @@ def save_on_a_full_disk(folder: Path, full_rank: int) -> str:
 def test_a_disk_full_on_one_rank_is_raised_on_all(full_rank: int, tmp_path: Path) -> None:
     first, second = run_ranks(2, save_on_a_full_disk, tmp_path, full_rank)
     assert first == second
-    assert first.startswith("1 checkpoints in a row could not be saved (checkpoint.max_failures=1)")
+    assert first.startswith("1 checkpoint in a row could not be saved (checkpoint.max_failures=1)")
     assert f"checkpoint not saved: rank {full_rank}: " in first
     assert "File too large" in first
     assert list_checkpoints(tmp_path) == []

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.wording import counted
 from train.agree import SomeRankFailed, of_all, of_first, together
 from train.checkpoints.folder import Manifest, begin, commit, share_name
 from train.checkpoints.names import step_name
@@ -94,7 +95,7 @@ class Saver:
         self.failures = 0 if result.error is None else self.failures + 1
         if self.failures >= self.max_failures:
             raise OSError(
-                f"{self.failures} checkpoints in a row could not be saved"
+                f"{counted(self.failures, 'checkpoint')} in a row could not be saved"
                 f" (checkpoint.max_failures={self.max_failures}): {result.error}"
             )
         return result

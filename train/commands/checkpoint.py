@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data.wording import counted
-
 if TYPE_CHECKING:
     from train.checkpoints.listing import Entry
     from train.checkpoints.manifest import Manifest
@@ -89,6 +87,7 @@ def verify(
       longhaul checkpoint verify runs/quickstart
       longhaul checkpoint verify runs/quickstart/checkpoints/step-00000200
     """  # noqa: D301
+    from data.wording import counted
     from train.checkpoints.listing import checkpoints_folder, describe_bytes, is_checkpoint
     from train.checkpoints.names import list_checkpoints
 
@@ -248,6 +247,7 @@ def _facts(entry: Entry, manifest: Manifest) -> dict[str, Any]:
 
 def _text(entry: Entry, manifest: Manifest) -> str:
     """Return a checkpoint's facts as lines."""
+    from data.wording import counted
     from train.checkpoints import listing as say
 
     skipped = manifest.step - int(manifest.updates)

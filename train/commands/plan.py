@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data.wording import counted
-
 if TYPE_CHECKING:
     from train.planning.dryrun import DryRun
     from train.settings.config import Config
@@ -134,6 +132,8 @@ def plan(
 
 def _assumed(cluster: str, nodes: int, ranks: int, gpus: int | None) -> str:
     """Return for which ranks a configuration was checked."""
+    from data.wording import counted
+
     why = f"as a node of {cluster} has" if gpus is None else "by --gpus"
     return (
         f"planned for {counted(nodes, 'node')} of {counted(ranks, 'rank')}, {why};"
