@@ -203,7 +203,7 @@ def test_a_configuration_is_frozen_and_says_how_many_segments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "ranks"), [("quickstart", 4), ("pretrain_8b", 64), ("finetune_lora", 8)]
+    ("file", "ranks"), [("quickstart", 4), ("books", 8), ("pretrain_8b", 64), ("finetune_lora", 8)]
 )
 def test_the_configurations_of_the_repository_are_valid(file: str, ranks: int) -> None:
     load(ROOT / "configs" / f"{file}.yaml", world_size=ranks)
