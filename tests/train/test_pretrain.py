@@ -95,7 +95,16 @@ def test_the_saved_configuration_is_the_resolved_one(
 
 def test_a_row_holds_what_a_plot_needs(finished: tuple[Path, str]) -> None:
     row = read_rows(finished[0])[-1]
-    assert row.keys() == {"step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "time"}
+    assert row.keys() == {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "targets",
+        "tokens_per_s",
+        "mfu",
+        "time",
+    }
     assert all(isinstance(value, float | int) for value in row.values())
 
 
@@ -146,7 +155,7 @@ def test_a_tracked_run_has_everything_and_goes_on_under_its_id(
     rows = {row["step"]: row for row in read_rows(run_dir)}
     history = run["history"]
     assert [step for step, _ in history["loss"]] == [1, 2, 4]
-    for name in ("loss", "grad_norm", "lr", "tokens_per_s", "mfu"):
+    for name in ("loss", "grad_norm", "lr", "targets", "tokens_per_s", "mfu"):
         assert history[name] == [[step, rows[step][name]] for step in (1, 2, 4)]
     assert {"save_s", "valid/loss", "valid/loss_memory_off"} <= history.keys()
     assert {"valid/shuffled_minus_on_low", "valid/memory_used"} <= history.keys()
