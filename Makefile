@@ -4,7 +4,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 # What is installed as torch, before anything else so that no dependency chooses a build first.
-TORCH ?= -c constraints.txt torch
+# By its own pin alone: each build of it wants a triton of its own.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 EXTRAS ?= dev
 # Ranks are processes here: one thread each, or four ranks on two cores fight over them.
 export OMP_NUM_THREADS ?= 1
