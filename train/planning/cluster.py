@@ -32,6 +32,10 @@ class Device(Section):
     reserved_bytes: ByteSize = Field(description="Taken before a tensor is made: context, NCCL.")
     fragmentation: NonNegative = Field(description="Share of activations lost between tensors.")
 
+    def peak(self, element: int) -> float:
+        """Return FLOP/s of products of numbers of so many bytes."""
+        return self.peak_bf16 if element == 2 else self.peak_fp32
+
 
 class Link(Section):
     """A kind of connection, as one rank sees it while its neighbours use it too."""

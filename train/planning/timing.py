@@ -75,6 +75,7 @@ def step_time(
     )
     matrices, attention = 3 * forward.matrices, forward.attention + attention_back
     again = sum(forward) if mode == "block" else forward.elementwise * (mode == "selective")
+    again += _chunks_again(config, model, shapes, cluster)
     tensor = _tensor_parallel(model, shapes, cluster, mode)
     context = _context_parallel(config, model, shapes, cluster, forward.attention, attention_back)
     chain = _chain(config, model, shapes, cluster)
@@ -103,7 +104,7 @@ def _forward(
     config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster, keys: float | None
 ) -> _Pass:
     device = cluster.device
-    peak = device.peak_bf16 if shapes.element == 2 else device.peak_fp32
+    peak = device.peak(shapes.element)
     flops = forward_flops_per_token(model, config.data.segment_len, keys)
     tokens = shapes.rows / shapes.tp
     uneven = 1.0
@@ -115,6 +116,16 @@ def _forward(
         tokens * flops.attention * uneven / (peak * device.attention),
         moved / device.memory_rate,
     )
+
+
+def _chunks_again(config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster) -> float:
+    """Return the seconds in which backward computes gate and up of the FFN's chunks again."""
+    chunk = config.train.ffn_chunk
+    if chunk is None or shapes.rows <= chunk:
+        return 0.0
+    device = cluster.device
+    flops = 2.0 * shapes.rows / shapes.tp * 2 * model.hidden_size * model.ffn_size
+    return model.num_layers * flops / (device.peak(shapes.element) * device.matmul)
 
 
 def _tensor_parallel(model: ModelConfig, shapes: Shapes, cluster: Cluster, mode: str) -> float:
