@@ -20,10 +20,12 @@ from train.planning.choose import choose
 from train.planning.dryrun import _as_rank, dry_run
 from train.planning.rewrite import rewrite
 from train.planning.shapes import shapes_of
+from train.planning.timing import CHAIN, OPERATIONS, SCAN
 from train.planning.tracing import Trace
 from train.planning.weights import count_weights
 from train.planning.zero_rule import WIDE, zero_bytes
 from train.settings.config import Config, apply_overrides, load, parse_overrides, validate
+from train.settings.memories import IN_TURN
 
 WORLD, VOCAB = 8, 4096
 TOO_LARGE = ["train.checkpointing=none", "data.sample_len=256k", "train.bptt_len=256k"]
@@ -113,6 +115,32 @@ def test_a_gpu_holds_no_scores_of_landmarks_that_its_kernel_takes(
     shapes = shapes_of(config, WORLD)
     host, gpu = (activations(config, model, shapes, device).total for device in ("cpu", "cuda"))
     assert (gpu < host) is fused
+
+
+def operations(memory: str, segments: int, layers: int) -> int:
+    config = small(
+        f"model.memory={memory}",
+        "data.segment_len=64",
+        f"data.sample_len={64 * segments}",
+        f"model.num_layers={layers}",
+    )
+    return dry_run(config, 1, VOCAB, [0])[0].operations
+
+
+def test_a_layer_has_as_many_operations_as_planned() -> None:
+    assert operations("none", 2, 2) - operations("none", 2, 1) == pytest.approx(OPERATIONS, rel=0.1)
+
+
+@pytest.mark.parametrize("memory", CHAIN | SCAN)
+def test_a_memory_adds_as_many_operations_as_planned(memory: str) -> None:
+    """In a layer more, for a segment more, or a doubling of all with what was carried.
+
+    Of memories that go in turn without the layer's own.
+    """
+    few, more = (2, 3) if memory in CHAIN else (3, 7)
+    each = [operations(memory, more, layers) - operations(memory, few, layers) for layers in (2, 1)]
+    own = OPERATIONS if memory in IN_TURN else 0
+    assert each[0] - each[1] - own == pytest.approx((CHAIN | SCAN)[memory], rel=0.15)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])

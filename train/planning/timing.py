@@ -7,6 +7,7 @@ each, which is what the memory's chain, small and in turn, is made of.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from model.config import ModelConfig
@@ -21,8 +22,11 @@ from train.settings.config import Config
 OPERATIONS = 136
 """Of a layer, forward and backward, as the dry run counts them; a third more with checkpointing."""
 
-CHAIN = {"fam": 172, "infini": 28, "abc": 58, "cmab": 58, "rmt": 211, "armt": 426, "hmt": 291}
+CHAIN = {"fam": 172, "rmt": 211, "armt": 426, "hmt": 291}
 """Operations that a memory adds in a layer for each segment (dry run)."""
+
+SCAN = {"infini": 28, "abc": 58, "cmab": 58}
+"""Likewise, of one that joins all segments in log2 of their number steps, for each of these."""
 
 OWN_ROWS = ("fam",)
 """Memories whose chain puts rows of its own, and no others, through a layer's weights."""
@@ -181,27 +185,34 @@ def _context_parallel(
 
 
 def _chain(config: Config, model: ModelConfig, shapes: Shapes, cluster: Cluster) -> float:
-    """Return the seconds of what memory does segment by segment.
+    """Return the seconds of what memory does segment by segment, or joining them.
 
     Operations and short messages; and for a few rows a product takes as long as its weight is read:
     in its forwards, and once in its backward (`model.deferred`).
     """
     names = [part.name for part in parts_of(model.memory)]
     operations = sum(CHAIN.get(name, 0) for name in names)
+    joins = sum(SCAN.get(name, 0) for name in names)
     twice = config.train.checkpointing == "block"  # its forward
     again = 4 / 3 if twice else 1.0
     small = operations * cluster.device.launch_s
+    steps = math.ceil(math.log2(shapes.segments + 1))  # what was carried is one more
+    at_once = model.num_layers * joins * steps * cluster.device.launch_s
     messages = 0.0
     if shapes.tp > 1 and not {"fam", "rmt", "armt", "hmt"}.isdisjoint(names):
         messages += 8 * (shapes.tp - 1) * cluster.link(shapes.tp, 1).latency_s
+    hops = 3 * (shapes.cp - 1) * cluster.link(shapes.cp, shapes.tp).latency_s
     if operations and shapes.cp > 1:
-        messages += 3 * (shapes.cp - 1) * cluster.link(shapes.cp, shapes.tp).latency_s
+        messages += hops
+    if joins and shapes.cp > 1:
+        at_once += model.num_layers * hops
     calls = model.num_layers * shapes.segments
     if config.train.wavefront:
         calls = block_calls(config, model, shapes)
     block = count_weights(model).blocks * shapes.element / model.num_layers / shapes.tp
     reads = sum(name in OWN_ROWS for name in names) * (2 + twice) * block
-    return calls * (again * (small + messages) + reads / cluster.device.memory_rate)
+    chain = calls * (again * (small + messages) + reads / cluster.device.memory_rate)
+    return again * at_once + chain
 
 
 def _zero(
