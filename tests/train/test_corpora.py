@@ -326,4 +326,4 @@ def test_a_run_says_how_often_it_reads_its_corpus_and_what_is_padding(
     packed = config_of(shards, str(short.train), data__packing=True, data__segment_len=128,
                        data__sample_len=128)  # fmt: skip
     told = choose_course(packed, open_inputs(packed).train).describe(10)
-    assert not [line for line in told if "positions are padding" in line]
+    assert not [line for line in told if "data.packing" in line]
