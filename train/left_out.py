@@ -19,7 +19,6 @@ class LeftOut:
 
     def __init__(self, training: Training, device: torch.device) -> None:
         self._training, self._device = training, device
-        self._told = 0  # of this rank's
         self._known: set[str] = set()  # of any rank's
 
     def news(self) -> list[str]:
@@ -27,16 +26,15 @@ class LeftOut:
 
         They call it together. Ranks that read the same document find the same: it is told once.
         """
-        own = self._training.damage[self._told :]
-        self._told += len(own)
+        # Not by their number: a mixture's are one corpus's behind another's.
+        own = [text for text in self._training.damage if text not in self._known]
         most = torch.tensor(len(own), device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         if not most.item():
             return []
-        found = dict.fromkeys(text for texts in of_all(own) for text in texts)
-        new = [text for text in found if text not in self._known]
+        new = dict.fromkeys(text for texts in of_all(own) for text in texts)
         self._known.update(new)
-        return new
+        return list(new)
 
     @property
     def count(self) -> int:

@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from data.index import Corpus
+from tests.ranks import run_ranks
 from tests.train.attempts import finish, forked, pretrain, read_rows
 from tests.train.tiny import Shards, prepare_shards, tiny
+from train.left_out import LeftOut
 from train.settings.config import Config, validate
 from train.tracking.timeline import read_events
 from train.verify import verify
@@ -54,6 +57,30 @@ def test_what_is_left_out_is_told_once_counted_and_verified(
     assert f"{len(told)} damaged documents or files" in said and told[0] in said
     rows = read_rows(config.run_dir)
     assert all(row["targets"] < config.train.batch_size * config.data.sample_len for row in rows)
+
+
+class Mixed:
+    """Of two corpora, whose damage stands one behind the other's."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[str]] = [["a1"], ["b1"]]
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        return tuple(text for part in self.parts for text in part)
+
+
+def heard_of_a_mixture() -> list[list[str]]:
+    mixed = Mixed()
+    left_out = LeftOut(mixed, torch.device("cpu"))  # type: ignore[arg-type]
+    told = [left_out.news()]
+    mixed.parts[0].append("a2")  # before b1, which is known
+    return [*told, left_out.news(), left_out.news()]
+
+
+def test_damage_in_the_first_corpus_of_a_mixture_is_told_as_well() -> None:
+    for told in run_ranks(2, heard_of_a_mixture):
+        assert told == [["a1", "b1"], ["a2"], []]
 
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path, shards: Shards) -> None:

@@ -1,7 +1,7 @@
 """One set of ranks a run folder: rank 0 holds a lock on it for as long as its process lives.
 
-A second start while the ranks of the first still train (a `torchrun` that was killed leaves them)
-would write its checkpoints, log and ledger between theirs.
+A second start while the ranks of the first still train would write its checkpoints, log and ledger
+between theirs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def hold(run_dir: Path) -> None:
         holder = _described(file.read())
         file.close()
         raise ValueError(
-            f"run_dir={run_dir}: {holder} trains this run now; wait until it ends, end it (ranks"
-            " outlive a torchrun that was killed), or give this run another run_dir"
+            f"run_dir={run_dir}: {holder} trains this run now; wait until it ends, end it, or"
+            " give this run another run_dir"
         ) from error
     except OSError:
-        pass
+        pass  # a file system without locks is no reason not to train
     file.truncate(0)
     who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     file.write(json.dumps(who))
