@@ -113,7 +113,7 @@ class Cluster:
     def run(
         self, *command: str, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Return the ended command; its output is text, stderr after stdout."""
+        """Return the ended command; its output is text, stderr among stdout."""
         return subprocess.run(
             command,
             cwd=cwd,

@@ -29,12 +29,12 @@ def test_slurm_refuses_more_nodes_than_there_are(cluster: Cluster) -> None:
 
 
 def test_slurm_accepts_what_submit_renders(cluster: Cluster, tmp_path: Path) -> None:
-    config = [str(ROOT / "configs/pretrain_8b.yaml"), f"run_dir={tmp_path}/run"]
-    rendered = cluster.run("longhaul", "submit", *config, "--nodes", "8", "--dry-run", cwd=ROOT)
     script = tmp_path / "job.sh"
-    script.write_text(rendered.stdout)
+    command = f"longhaul submit configs/pretrain_8b.yaml run_dir={tmp_path}/run --nodes 8 --dry-run"
+    warned = cluster.run("bash", "-c", f"{command} >{script}", cwd=ROOT).stdout
     answer = cluster.run("sbatch", "--test-only", f"--chdir={ROOT}", str(script))
-    assert answer.returncode == 0, rendered.stdout + answer.stdout
+    assert answer.returncode == 0, script.read_text() + answer.stdout
+    assert "shards/train holds no prepared shards here" in warned
 
 
 def test_ranks_of_two_nodes_run_to_the_end(cluster: Cluster, tmp_path: Path) -> None:
