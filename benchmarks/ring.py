@@ -9,8 +9,9 @@ An ideal ring takes 1 / cp of the time of one process, if cp busy cores are as f
 `apart` says what the machine leaves of that, every process the whole sequence by itself at the same
 time. The row without messages says what is left of it to parts of a sequence. Each process has a
 core of its own where there are enough; on fewer nothing is faster than their number. Run it on an
-idle machine: other work slows several processes more than one. The heap is settled as in a run
-(parallel/heap.py).
+idle machine: other work, also of a virtual machine's neighbours, slows several processes more than
+one, as the slowest of them is waited for. Beside the median stands the fastest round, which such
+work troubles least. The heap is settled as in a run (parallel/heap.py).
 """
 
 from __future__ import annotations
@@ -139,13 +140,16 @@ def show(took: dict[str, list[float]], options: argparse.Namespace) -> None:
     print(
         f"{options.tokens} tokens, {options.precision}, {options.cp} processes on {cores} cores\n"
     )
-    alone = statistics.median(took[ONE])
-    print(f"| | seconds | times one process | of ideal ({options.cp}) |")
-    print("| --- | --- | --- | --- |")
+    alone, quiet = statistics.median(took[ONE]), min(took[ONE])
+    print(f"| | seconds | times one process | of ideal ({options.cp}) | fastest | times its |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, seconds in took.items():
-        middle = statistics.median(seconds)
+        middle, best = statistics.median(seconds), min(seconds)
         ideal = "" if name == ONE else f"{alone / middle / options.cp:.2f}"
-        print(f"| {name} | {middle:.3f} | {alone / middle:.2f} | {ideal} |")
+        print(
+            f"| {name} | {middle:.3f} | {alone / middle:.2f} | {ideal} | {best:.3f} |"
+            f" {quiet / best:.2f} |"
+        )
 
 
 def start(function: Callable[..., None], options: argparse.Namespace) -> None:

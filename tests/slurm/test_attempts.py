@@ -36,7 +36,7 @@ def start(run_dir: Path, lost: tuple[str, ...] = ()) -> int:
 
 
 def finish(run_dir: Path, code: int = 1, **changes: object) -> Verdict:
-    given: dict[str, object] = {"stopped_by": None, "cancelled": False, "preflight": None}
+    given: dict[str, object] = {"job": "1", "stopped_by": None, "cancelled": False, "preflight": None}
     return end(run_dir, code=code, **{**given, **changes})  # type: ignore[arg-type]
 
 
@@ -186,10 +186,17 @@ def test_an_attempt_that_is_no_longer_written_down_ends_the_job(tmp_path: Path) 
     (tmp_path / ATTEMPTS).unlink()
     verdict = finish(tmp_path, 0, stopped_by="USR1")
     assert verdict.action == "stop"
-    assert "has no attempt that could end" in verdict.reason
+    assert "has no open attempt of this job" in verdict.reason
     assert "submit again" in verdict.reason
     (tmp_path / "DONE").touch()
     assert finish(tmp_path, 0).action == "done"
+
+
+def test_a_job_does_not_end_what_another_began(tmp_path: Path) -> None:
+    start(tmp_path)
+    assert finish(tmp_path, 1, job="2").action == "stop"
+    assert len(rows(tmp_path)) == 1
+    assert finish(tmp_path, 1).action == "requeue"
 
 
 def test_a_stop_goes_back_to_the_queue_unless_somebody_cancelled(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.jobs import COUNTING_RANKS, HELD_RANKS, Job, wait_for_step
+from tests.slurm.jobs import COUNTING_RANKS, HELD_RANKS, ROOT, Job, wait_for_step
 from tests.train.attempts import finish, losses
 from tests.train.runs import write
 from tests.train.tiny import prepare_shards, tiny
@@ -88,6 +88,24 @@ def test_a_preempted_job_saves_gives_way_and_goes_on(cluster: Cluster, tmp_path:
     assert [row["status"] for row in job.ends] == ["stopped"], job.log
     let_finish(job)
     assert job.ends[-1]["status"] == "done"
+
+
+def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = counting(cluster, tmp_path)
+    wait_for_step(tmp_path, 5)
+    second = cluster.submit(
+        *(f"--output={tmp_path}/second.out", f"--chdir={ROOT}", "slurm/smoke.sh", "true"),
+        RUN_DIR=str(tmp_path),
+        PREFLIGHT="no",
+    )
+    cluster.wait_for(second, "FAILED", timeout_s=120)
+    assert f"job {job.number} still trains in {tmp_path}" in (tmp_path / "second.out").read_text()
+    job.warn()
+    job.wait_for_restart(1)
+    assert [(row["status"], row["reason"]) for row in job.ends] == [("stopped", "USR1")]
+    let_finish(job)
 
 
 def test_a_killed_rank_is_named_and_the_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:

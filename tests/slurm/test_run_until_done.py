@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.train.runs import ROOT, small, write
+from train.cluster.attempts import begin
 
 SCRIPT = """
 set -euo pipefail
@@ -93,3 +96,29 @@ def test_a_fork_that_is_refused_touches_no_folder(tmp_path: Path) -> None:
     assert "is another run's folder already; give another name" in refused.stderr
     assert "RANKS" not in refused.stdout and "REQUEUED" not in refused.stdout
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["DONE", "run.yaml", "stranger"]
+
+
+@pytest.mark.parametrize(
+    ("state", "refused"),
+    [("JobState=RUNNING", True), ("JobState=COMPLETED", False), ("", False)],
+)
+def test_a_folder_in_which_another_job_trains_is_refused(
+    tmp_path: Path, state: str, refused: bool
+) -> None:
+    begin(tmp_path / "run", job="6", nodes=["node2"], lost=[])
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text(f"#!/bin/sh\necho 'JobId=6 {state} Restarts=0'\n")
+    (programs / "scontrol").chmod(0o755)
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    second = attempt(tmp_path / "run", "hostname", PATH=path)
+    if refused:
+        assert second.returncode == 2
+        assert f"job 6 still trains in {tmp_path}/run" in second.stderr
+        assert "scancel 6" in second.stderr
+        assert len(rows(tmp_path / "run")) == 1, "its attempt is open yet"
+    else:
+        assert second.returncode == 0, second.stderr
+        assert [row.get("status") for row in rows(tmp_path / "run")] == [
+            None, "stopped", None, "done",
+        ]  # fmt: skip

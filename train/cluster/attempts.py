@@ -116,15 +116,15 @@ def is_note(name: str) -> bool:
     return name in (ATTEMPTS, FOLDER) or name.startswith(PREFLIGHT)
 
 
-def unended_nodes(run_dir: Path) -> tuple[list[str], str | None]:
-    """Return the nodes of an attempt that did not write its end, and when it began."""
-    row = _unended(_rows(run_dir))
-    return ([], None) if row is None else (row["nodes"], row["started"])
+def open_attempt(run_dir: Path) -> dict[str, Any] | None:
+    """Return the line of an attempt that did not write its end, if there is one."""
+    return _unended(_rows(run_dir))
 
 
 def end(
     run_dir: Path,
     *,
+    job: str | None,
     code: int,
     stopped_by: str | None,
     cancelled: bool,
@@ -132,15 +132,15 @@ def end(
     lost: Sequence[str] = (),
     writes_done: bool = True,
 ) -> Verdict:
-    """Write down that the attempt ended, and return what is to be done.
+    """Write down that the job's attempt ended, and return what is to be done.
 
     code: what the ranks ended with. stopped_by: the signal that the script or the ranks heard.
     cancelled: somebody cancelled the job. preflight: the nodes, with commas, without which too few
     were left. lost: nodes that SLURM says went down meanwhile. writes_done: the ranks leave
     DONE behind their last step, as those of `longhaul pretrain` do; else the code 0 says as much.
     """
-    row, done = _unended(_rows(run_dir)), (run_dir / "DONE").exists()
-    if row is None:
+    row, done = open_attempt(run_dir), (run_dir / "DONE").exists()
+    if row is None or row["job"] != job:
         # Another attempt would not be counted either, and could so be followed for ever.
         return Verdict("done", "all steps done") if done else Verdict("stop", _not_open(run_dir))
     stopped_by = stopped_by or _read(run_dir / FOLDER / "stopped")
@@ -173,9 +173,9 @@ def end(
 
 def _not_open(run_dir: Path) -> str:
     return (
-        f"{run_dir / ATTEMPTS} has no attempt that could end: the run folder was moved or emptied"
-        " while the ranks ran, or another job uses it and ended this job's attempt. See that one"
-        " job alone has the folder, then submit again: the run goes on from its newest checkpoint"
+        f"{run_dir / ATTEMPTS} has no open attempt of this job: the run folder was moved or emptied"
+        " while the ranks ran, or another job uses it. See that one job alone has the folder, then"
+        " submit again: the run goes on from its newest checkpoint"
     )
 
 

@@ -1,6 +1,6 @@
 """What slurm/lib.sh asks between the ranks' launches: `python -m train.cluster.job WORD RUN_DIR`.
 
-begin: an attempt begins; prints its number. end: it has ended; prints `done`, `stop` or `requeue`,
+begin: an attempt begins; prints its number. Refused while another job's runs there. end: it has ended; prints `done`, `stop` or `requeue`,
 and after it the nodes to leave out from now on. Reasons go to stderr, into the job's log.
 """
 
@@ -14,7 +14,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from train.cluster.attempts import begin, end, unended_nodes
+from train.cluster.attempts import begin, end, open_attempt
 from train.cluster.lead import advise
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     else:
         verdict = end(
             given.run_dir,
+            job=_job(),
             code=given.code,
             stopped_by=given.stopped_by or None,
             cancelled=given.cancelled,
@@ -48,24 +49,45 @@ def main() -> None:
 
 
 def _begin(run_dir: Path, nodes: list[str], lead_s: float | None) -> None:
-    lost = _lost(run_dir)
-    number = begin(run_dir, job=os.environ.get("SLURM_JOB_ID"), nodes=nodes, lost=lost)
+    row = open_attempt(run_dir)
+    if row is not None and row["job"] != _job() and _runs(row["job"]):
+        _say(
+            f"job {row['job']} still trains in {run_dir}; let it, or cancel it (scancel"
+            f" {row['job']}) and submit again; a run of its own needs another RUN_DIR"
+        )
+        sys.exit(2)
+    number = begin(run_dir, job=_job(), nodes=nodes, lost=_lost(run_dir))
     if lead_s is not None and (advice := advise(run_dir, lead_s)):
         _say(advice)
     print(number)
 
 
+def _job() -> str | None:
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _runs(job: str | None) -> bool:
+    """Return whether SLURM says that the job has nodes now; it soon forgets those that ended."""
+    found = re.search(r"\bJobState=(\w+)", _scontrol("job", job) if job else "")
+    return found is not None and found[1] in ("RUNNING", "SUSPENDED", "STOPPED", "COMPLETING")
+
+
 def _lost(run_dir: Path) -> list[str]:
     """Return the nodes of the attempt that has not ended which SLURM says went down meanwhile."""
-    nodes, since = unended_nodes(run_dir)
-    if since is None:
+    row = open_attempt(run_dir)
+    if row is None:
         return []
-    command = ["scontrol", "show", "node", "--oneliner", ",".join(nodes)]
+    text = _scontrol("node", ",".join(row["nodes"]))
+    return went_down(text, datetime.fromisoformat(row["started"]))
+
+
+def _scontrol(kind: str, name: str) -> str:
+    """Return `scontrol show`'s line of each; nothing, where it does not answer."""
+    command = ["scontrol", "show", kind, "--oneliner", name]
     try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return went_down(text, datetime.fromisoformat(since))
+        return ""
 
 
 def went_down(text: str, since: datetime) -> list[str]:
