@@ -21,12 +21,17 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     changes nothing, on either side or both. Differentiable, also where sets are empty.
     """
     (out_a, lse_a), (out_b, lse_b) = a, b
+    joined, share = _join(lse_a, lse_b)
+    out = torch.lerp(out_a, out_b.to(out_a.dtype), share.to(out_a.dtype).unsqueeze(-1))
+    return out, joined
+
+
+def _join(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lse of both sets, and b's share of the union, 0 where both are empty."""
     # -inf - -inf is nan, and so is its gradient: two empty sets are joined as 0s, then hidden.
     nothing = torch.maximum(lse_a, lse_b) == float("-inf")
     joined = torch.logaddexp(lse_a.masked_fill(nothing, 0.0), lse_b.masked_fill(nothing, 0.0))
-    share = torch.exp(lse_b - joined).to(out_a.dtype)
-    out = torch.lerp(out_a, out_b.to(out_a.dtype), share.unsqueeze(-1))
-    return out, joined.masked_fill(nothing, float("-inf"))
+    return joined.masked_fill(nothing, float("-inf")), torch.exp(lse_b - joined)
 
 
 class Span(NamedTuple):
@@ -140,10 +145,12 @@ class Partial:
             assert out.shape == self.shape, "the first piece must cover every row"
             self.out, self.lse = out, lse
             return
+        # Nobody else has the kernel's results: they are merged where they lie.
         self.out = self.out.to(self.lse.dtype)
-        here = (self.out[:, :, rows], self.lse[:, :, rows])
-        new_out, new_lse = merge(here, (out, lse))
-        self.out[:, :, rows], self.lse[:, :, rows] = new_out, new_lse
+        here, here_lse = self.out[:, :, rows], self.lse[:, :, rows]
+        joined, share = _join(here_lse, lse)
+        here.lerp_(out.to(here.dtype), share.to(here.dtype).unsqueeze(-1))
+        here_lse.copy_(joined)
 
 
 class Sum:
@@ -160,6 +167,8 @@ class Sum:
                 self.total, self.fresh = x, True
                 return
             self.total = torch.zeros_like(self.like, dtype=_wide(x))
+            self.total[index] = x
+            return
         if self.fresh:  # the first piece's own tensor: widen it before others are added
             self.total, self.fresh = self.total.to(_wide(x), copy=True), False
         self.total[index] += x

@@ -36,8 +36,8 @@ def start(run_dir: Path, lost: tuple[str, ...] = ()) -> int:
 
 
 def finish(run_dir: Path, code: int = 1, **changes: object) -> Verdict:
-    given: dict[str, object] = {"job": "1", "stopped_by": None, "cancelled": False, "preflight": None}
-    return end(run_dir, code=code, **{**given, **changes})  # type: ignore[arg-type]
+    given: dict[str, object] = {"stopped_by": None, "cancelled": False, "preflight": None}
+    return end(run_dir, **{"job": "1", "code": code, **given, **changes})  # type: ignore[arg-type]
 
 
 def log(run_dir: Path, step: int) -> None:

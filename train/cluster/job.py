@@ -1,7 +1,8 @@
 """What slurm/lib.sh asks between the ranks' launches: `python -m train.cluster.job WORD RUN_DIR`.
 
-begin: an attempt begins; prints its number. Refused while another job's runs there. end: it has ended; prints `done`, `stop` or `requeue`,
-and after it the nodes to leave out from now on. Reasons go to stderr, into the job's log.
+begin: an attempt begins; prints its number. Refused while another job trains in the folder.
+end: it has ended; prints `done`, `stop` or `requeue`, and after it the nodes to leave out from now
+on. Reasons go to stderr, into the job's log.
 """
 
 from __future__ import annotations
