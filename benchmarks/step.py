@@ -39,8 +39,8 @@ from parallel.heap import settle_heap
 from parallel.mesh import build_mesh, start_processes
 from train.build import build, to_model_config
 from train.loop import TrainState, train_steps
-from train.metrics import training_flops_per_token
 from train.settings.config import Config, validate
+from train.speed.metrics import training_flops_per_token
 
 VOCABULARY = Shape(0).vocab_size
 Step = Callable[[], float]

@@ -2,7 +2,7 @@
 
 Sharded keys: each rank attends to its share, and the ranks' (out, lse) are merged: one message of
 H * (K + 1) numbers a token and layer, however long the past is. So `longhaul generate` decodes on
-several ranks (train.sharded).
+several ranks (train.generation.sharded).
 
 Lean partition (Sanovar et al. 2024, LeanAttention): contexts of any lengths are cut into tiles, all
 tiles stand in one line, and each worker takes an equal stretch of it, across the ends of contexts.

@@ -17,8 +17,8 @@ from model.memory.base import Carried, Initial, detach, map_tensors
 from parallel.mesh import Mesh
 from parallel.slicing import take_slice
 from train.build import Built
-from train.curriculum import cut_documents, segment_limit
 from train.guard import Guard, Trouble
+from train.reading.curriculum import cut_documents, segment_limit
 from train.schedule import learning_rate
 from train.settings.config import Config
 from train.watch.pulse import Pulse

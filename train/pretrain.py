@@ -18,19 +18,19 @@ from parallel.mesh import Mesh, build_mesh, start_processes
 from train.agree import of_first
 from train.build import Built, build, to_model_config
 from train.cluster.failure import tell_launcher, tell_stopped
-from train.corpora import Course, start_course
 from train.evaluation.held_out import HeldOut
 from train.guard import Guard
-from train.ledger import open_ledger
 from train.loop import OtherDataError, TrainState, train_steps
 from train.planning.expect import expect, gpu_name
-from train.profiling import Traces, snapshot_memory
-from train.ranges import NvtxRanges, name_parts
-from train.reading import choose_reading, model_vocab_size
+from train.reading.corpora import Course, start_course
+from train.reading.landmarks import choose_reading, model_vocab_size
+from train.reading.ledger import open_ledger
 from train.reporting import Reporter
 from train.rescue import Rescue
 from train.settings.config import Config
 from train.signals import StopAgreed, StopRequest
+from train.speed.profiling import Traces, snapshot_memory
+from train.speed.ranges import NvtxRanges, name_parts
 from train.starting.again import continue_command, nothing_left
 from train.starting.init_from import Start, take_weights, verify_start
 from train.starting.inputs import Inputs

@@ -18,14 +18,14 @@ from train.build import Built
 from train.checkpoints.names import step_name
 from train.checkpoints.saver import Result
 from train.cluster.lead import LeadTime
-from train.corpora import Course, keys_per_token
 from train.evaluation.held_out import count_parameters, count_trained
 from train.evaluation.positions import Evaluation
-from train.left_out import LeftOut, describe
 from train.loop import StepResult, TrainState
-from train.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
-from train.profiling import FOLDER
+from train.reading.corpora import Course, keys_per_token
+from train.reading.left_out import LeftOut, describe
 from train.settings.config import Config, dump
+from train.speed.metrics import FORMULA, FORMULA_NAME, mfu, peak_flops, training_flops_per_token
+from train.speed.profiling import FOLDER
 from train.starting.again import continue_command
 from train.starting.init_from import describe_start
 from train.starting.inputs import Inputs

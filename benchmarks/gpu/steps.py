@@ -16,10 +16,10 @@ from model.config import ModelConfig
 from parallel.mesh import build_mesh, start_processes
 from train.build import build, to_model_config
 from train.loop import TrainState, train_steps
-from train.metrics import mfu, peak_flops, training_flops_per_token
 from train.planning.expect import expect, gpu_name
 from train.planning.plan import Plan
 from train.settings.config import Config, validate
+from train.speed.metrics import mfu, peak_flops, training_flops_per_token
 
 SHAPE = {"hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "ffn_size": 14336,
          "vocab_size": 128256, "tie_embeddings": False}  # fmt: skip

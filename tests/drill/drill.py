@@ -34,8 +34,8 @@ from tests.train.attempts import (
 from tests.train.faults import Fault, applicable
 from tests.train.tiny import LANES, Shards, tiny
 from train.checkpoints.names import list_checkpoints, step_of
+from train.reading.verify import verify as verify_runs
 from train.settings.config import Config, validate
-from train.verify import verify as verify_runs
 
 STEPS = 40
 EVERY = 2

@@ -12,8 +12,8 @@ from tests.slurm.jobs import COUNTING_RANKS, HELD_RANKS, ROOT, Job, wait_for_ste
 from tests.train.attempts import finish, losses
 from tests.train.runs import write
 from tests.train.tiny import prepare_shards, tiny
+from train.reading.verify import verify
 from train.settings.config import validate
-from train.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.gloo, pytest.mark.slurm]
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from train.cli import app
-from train.converted import RECOMPUTED
+from train.speed.converted import RECOMPUTED
 
 MODEL = "configs/pretrain_8b.yaml"
 

@@ -18,10 +18,10 @@ from tests.train.runs import problems, small
 from tests.train.test_inputs import assert_says, lines, one_line
 from tests.train.test_resume import HALF, STEPS, assert_same_bits, kill_while_at
 from tests.train.tiny import LANES, Shards, prepare_shards, tiny
-from train.corpora import choose_course, metric_names, start_course
+from train.reading.corpora import choose_course, metric_names, start_course
+from train.reading.verify import verify
 from train.settings.config import Config, ConfigError, validate
 from train.starting.inputs import open_inputs
-from train.verify import verify
 
 
 class Two(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.train.runs import small
-from train.curriculum import cut_documents, segment_limit
+from train.reading.curriculum import cut_documents, segment_limit
 from train.settings.config import Config, validate
 
 STAGES = [{"until": 3, "segments": 1}, {"until": 5, "segments": 4}]

@@ -139,7 +139,7 @@ def test_submit_warns_of_data_that_are_not_here(
 def imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder as `longhaul import` leaves it, as far as is looked at."""
     manifest: Any = SimpleNamespace(imported=True)
-    monkeypatch.setattr("train.verify.newest_manifest", lambda _: manifest)
+    monkeypatch.setattr("train.reading.verify.newest_manifest", lambda _: manifest)
     checkpoint = folder / "checkpoints/step-00000000"
     monkeypatch.setattr(
         "train.checkpoints.folder.choose_checkpoint", lambda _: (checkpoint, manifest)

@@ -29,12 +29,12 @@ from train.checkpoints.manifest import read_manifest, verify
 from train.checkpoints.names import list_checkpoints
 from train.cluster.attempts import begin as begin_attempt
 from train.cluster.attempts import end as end_attempt
+from train.reading.verify import verify as verify_runs
 from train.settings.config import Config, ConfigError, validate
 from train.starting.changes import find_changes
 from train.starting.fork import Data, begin_fork, plan_fork, what_is_kept
 from train.starting.fork_name import PARENT
 from train.starting.start import open_run
-from train.verify import verify as verify_runs
 
 pytestmark = pytest.mark.gloo
 

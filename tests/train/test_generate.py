@@ -12,11 +12,11 @@ from model.sampling import Sampling
 from tests.train.runs import longhaul
 from tests.train.runs import write as write_yaml
 from tests.train.tiny import Shards, tiny
-from train import writing
 from train.checkpoints.folder import choose_checkpoint
 from train.checkpoints.snapshot import load_model, read_model
-from train.generate import run
-from train.writing import Wanted, encoded, never, open_tokenizer, write
+from train.generation import writing
+from train.generation.generate import run
+from train.generation.writing import Wanted, encoded, never, open_tokenizer, write
 
 WORDS = ByteTokenizer()
 

@@ -22,10 +22,10 @@ from tests.train.runs import ROOT, longhaul
 from tests.train.runs import write as write_yaml
 from tests.train.tiny import Shards, tiny, write_permuted
 from train.agree import SomeRankFailed, of_first, together
-from train.generate import run
-from train.generate_ranks import choose_error, follow, leading
-from train.sharded import read_prompt
-from train.writing import Wanted
+from train.generation.generate import run
+from train.generation.ranks import choose_error, follow, leading
+from train.generation.sharded import read_prompt
+from train.generation.writing import Wanted
 
 SEGMENT_LEN = 64
 TEXT = "words and more words, and then some"

@@ -23,10 +23,10 @@ from tests.train.attempts import (
 )
 from tests.train.tiny import Shards, tiny
 from train.guard import Guard
+from train.reading.verify import verify
 from train.settings.config import Config, validate
 from train.settings.guard import GuardSection
 from train.tracking.timeline import read_events
-from train.verify import verify
 
 STEADY = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.0]
 """Its median distance from the median is 0.025: a standard deviation of 0.037."""

@@ -15,7 +15,7 @@ from tests.train.test_questions import needles
 from tests.train.tiny import Shards, build_tiny, tiny
 from train.evaluation.answers import Answered, DecoderReader, Reader, measure
 from train.evaluation.layout_reader import LayoutReader
-from train.reading import choose_reading
+from train.reading.landmarks import choose_reading
 from train.settings.config import validate
 
 pytestmark = pytest.mark.gloo

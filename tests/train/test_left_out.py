@@ -11,10 +11,10 @@ from data.index import Corpus
 from tests.ranks import run_ranks
 from tests.train.attempts import finish, forked, pretrain, read_rows
 from tests.train.tiny import Shards, prepare_shards, tiny
-from train.left_out import LeftOut
+from train.reading.left_out import LeftOut
+from train.reading.verify import verify
 from train.settings.config import Config, validate
 from train.tracking.timeline import read_events
-from train.verify import verify
 
 pytestmark = pytest.mark.gloo
 

@@ -24,7 +24,7 @@ from model.config import (
     compose,
 )
 from model.decoder import Decoder
-from train.metrics import (
+from train.speed.metrics import (
     Flops,
     Peak,
     forward_flops_per_token,
@@ -259,8 +259,8 @@ def test_a_slow_processor_is_measured_with_small_products(
         sizes.append(size)
         return 1e9
 
-    monkeypatch.setattr("train.metrics._BUDGET_S", 0.01)
-    monkeypatch.setattr("train.metrics._matmul_rate", slow)
+    monkeypatch.setattr("train.speed.metrics._BUDGET_S", 0.01)
+    monkeypatch.setattr("train.speed.metrics._matmul_rate", slow)
     measure_peak(torch.device("cpu"), "bf16")
     assert max(sizes) == 256
 

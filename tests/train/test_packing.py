@@ -10,12 +10,12 @@ from tests.ranks import run_ranks
 from tests.train.attempts import read_rows
 from tests.train.test_every_memory import FOUR, MEMORIES, ONE, begin, live
 from tests.train.tiny import SEGMENT, Shards, build_tiny, prepare_shards, read_steps, tiny
-from train.corpora import start_course
-from train.metrics import training_flops_per_token
 from train.planning.expect import expect
 from train.pretrain import Pretraining
+from train.reading.corpora import start_course
 from train.settings.config import validate
 from train.signals import StopRequest
+from train.speed.metrics import training_flops_per_token
 from train.watch.attempt import Watch
 
 pytestmark = pytest.mark.gloo

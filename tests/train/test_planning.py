@@ -259,7 +259,7 @@ def test_more_of_everything_takes_longer() -> None:
 
 
 def test_mfu_times_the_peak_is_the_formulas_work() -> None:
-    from train.metrics import training_flops_per_token
+    from train.speed.metrics import training_flops_per_token
 
     config = load("configs/pretrain_8b.yaml", [], world_size=64)
     made = plan(config, load_cluster("h100"), 8, 8)

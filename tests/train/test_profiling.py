@@ -11,8 +11,8 @@ import torch
 
 from tests.train.attempts import finish, losses
 from tests.train.tiny import Shards, tiny
-from train.profiling import FOLDER, snapshot_memory
 from train.settings.config import ConfigError, validate
+from train.speed.profiling import FOLDER, snapshot_memory
 
 
 @pytest.mark.gloo

@@ -14,7 +14,7 @@ from model.config import FamMemory, MemoryConfig, RmtMemory
 from model.local import FoldedSequence
 from parallel.engine import Engine
 from tests.model.small import batch_of, build, config_of, gradients
-from train.ranges import NvtxRanges, name_parts
+from train.speed.ranges import NvtxRanges, name_parts
 from train.watch.pulse import Pulse
 
 

@@ -10,9 +10,9 @@ from tests.data.server import Server, serving
 from tests.train.attempts import finish
 from tests.train.runs import problems, small
 from tests.train.tiny import Shards, tiny
+from train.reading.verify import verify
 from train.settings.config import dump, validate
 from train.starting.inputs import open_inputs
-from train.verify import verify
 
 
 @pytest.fixture(autouse=True)

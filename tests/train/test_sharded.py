@@ -21,7 +21,7 @@ from parallel.ring import choose_exchange
 from tests.compare import relative
 from tests.model.small import VOCAB, build, config_of
 from tests.ranks import run_ranks
-from train.sharded import check_sharded, continue_from, read_prompt
+from train.generation.sharded import check_sharded, continue_from, read_prompt
 
 SEGMENT_LEN = 48
 BEHIND = [7, 0, 31, 31, 4]

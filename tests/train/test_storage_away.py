@@ -10,9 +10,9 @@ import pytest
 from tests.train.attempts import finish, forked, losses, pretrain, read_rows
 from tests.train.storage import Storage, why_not
 from tests.train.tiny import Shards, tiny
+from train.reading.verify import verify
 from train.settings.config import Config, validate
 from train.tracking.timeline import read_events
-from train.verify import verify
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from train.evaluation.positions import Condition, Evaluation, Part, PositionLosses, bucket_edges
-from train.metrics import FORMULA_NAME
+from train.speed.metrics import FORMULA_NAME
 from train.tracking.picture import plot, plot_evaluation, tidy
 from train.tracking.summary import summarise
 

@@ -9,8 +9,8 @@ from tests.data.ledgers import consume, corpus_in
 from tests.train.attempts import finish, forked, losses, pretrain_holding
 from tests.train.runs import longhaul
 from tests.train.tiny import LANES, Shards, tiny
+from train.reading.verify import Finding, verify
 from train.settings.config import Config, validate
-from train.verify import Finding, verify
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from data.streams import IGNORE, Batch
 from data.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.mesh import Mesh, build_mesh
 from train.build import Built, build, to_model_config
-from train.corpora import choose_course
-from train.reading import choose_reading, model_vocab_size
+from train.reading.corpora import choose_course
+from train.reading.landmarks import choose_reading, model_vocab_size
 from train.settings.config import Config, validate
 from train.starting.inputs import Inputs, open_inputs
 

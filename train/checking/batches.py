@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.streams import IGNORE, Batch
 from train.checking.shrink import STEPS
-from train.reading import choose_reading
+from train.reading.landmarks import choose_reading
 from train.settings.config import Config
 
 

@@ -18,7 +18,7 @@ from model.init import Shape, Take, initial_value, initialise
 from model.lora import B
 from model.memory.base import Carried, detach
 from train.checking.batches import make_batches
-from train.curriculum import cut_documents, segment_limit
+from train.reading.curriculum import cut_documents, segment_limit
 from train.schedule import learning_rate
 from train.settings.config import Config
 

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from train.checking.batches import make_batches
 from train.checking.plain import begin, scale_of, windows
 from train.checking.shrink import STEPS
-from train.curriculum import segment_limit
+from train.reading.curriculum import segment_limit
 from train.settings.config import Config
 
 STEPS_OF_SIZE = (1e-5, 1e-6, 1e-7)

@@ -149,7 +149,7 @@ def check_arithmetic() -> Found:
     """Return the rate of a product on each device, compared with the exact result."""
     import torch
 
-    from train.metrics import measure_peak
+    from train.speed.metrics import measure_peak
 
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     rates, problems = [], []

@@ -77,13 +77,13 @@ def convert_mfu(
     quieten_libraries()
     from model.config import NoMemory
     from train.build import to_model_config
-    from train.converted import BASES, convert
-    from train.metrics import Peak
     from train.planning.cluster import load_cluster
     from train.planning.vocabulary import vocab_size_of
     from train.settings.config import load
     from train.settings.remedies import did_you_mean
     from train.settings.units import parse_tokens
+    from train.speed.converted import BASES, convert
+    from train.speed.metrics import Peak
 
     if basis not in BASES:
         hint = did_you_mean(basis, BASES)

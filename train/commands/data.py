@@ -40,7 +40,7 @@ def verify(
     from train.quiet import quieten_libraries
 
     quieten_libraries()
-    from train.verify import verify as verify_runs
+    from train.reading.verify import verify as verify_runs
 
     found = verify_runs([run] if other is None else [run, other])
     typer.echo(json.dumps(found.values, indent=1) if as_json else "\n".join(found.sentences))

@@ -70,8 +70,8 @@ def generate(
 
     quieten_libraries()
     from model.sampling import Sampling
-    from train.generate import run
-    from train.writing import Wanted
+    from train.generation.generate import run
+    from train.generation.writing import Wanted
 
     wanted = Wanted(max_tokens, Sampling(temperature, top_p, seed), tuple(stop or ()))
     code = run(

@@ -24,8 +24,8 @@ from train.evaluation.report import REPORT, Answers, Report, write_report
 from train.evaluation.tasks import DEPTHS, default_lengths, say_answers
 from train.evaluation.tracked import log_evaluation
 from train.evaluation.verdict import judge
-from train.reading import choose_reading, model_vocab_size
-from train.remote import open_remote
+from train.reading.landmarks import choose_reading, model_vocab_size
+from train.reading.remote import open_remote
 from train.settings.memories import describe_memory
 from train.starting.inputs import chooses_by_later_tokens
 from train.tracking.progress import short

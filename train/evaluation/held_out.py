@@ -23,7 +23,7 @@ from train.evaluation.questions import describe as in_words
 from train.evaluation.report import REPORT, Answers, Report
 from train.evaluation.tasks import say_answers, task_metrics
 from train.evaluation.verdict import metrics
-from train.reading import choose_reading
+from train.reading.landmarks import choose_reading
 from train.settings.config import Config
 from train.tracking.tracker import NoTracker, Tracker
 

@@ -40,7 +40,7 @@ from train.evaluation.answers import (
     measure,
 )
 from train.evaluation.confidence import Share, Verdict, paired_difference, share, verdict
-from train.remote import open_remote
+from train.reading.remote import open_remote
 from train.settings.config import Config
 from train.tracking.progress import short
 

@@ -10,7 +10,7 @@ from data.index import Corpus
 from data.tasks import corpus_texts, task_names
 from train.evaluation.questions import Questions
 from train.evaluation.report import Answers, TaskResult
-from train.reading import choose_reading, model_vocab_size
+from train.reading.landmarks import choose_reading, model_vocab_size
 from train.settings.config import Config
 
 DEPTHS = (0.0, 0.5, 1.0)

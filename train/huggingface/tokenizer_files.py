@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.urls import shown_folder
 from data.wide import WideCorpus
 from train.checkpoints.manifest import Manifest
-from train.remote import open_remote
+from train.reading.remote import open_remote
 from train.settings.config import Config
 
 TOKENIZER = "tokenizer.json"

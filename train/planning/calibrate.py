@@ -18,8 +18,8 @@ from torch.multiprocessing.spawn import spawn
 
 from data.durable import write_atomically
 from model.kernels import choose_kernel
-from train.metrics import Precision, peak_flops
 from train.planning.cluster import Cluster
+from train.speed.metrics import Precision, peak_flops
 
 BUDGET_S = 0.6
 """Of one measurement, the first run not counted."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from data.wording import counted
 from model.config import ModelConfig
 from train.build import to_model_config
-from train.metrics import FORMULA_NAME, Peak, mfu, training_flops_per_token
 from train.planning.cluster import Cluster
 from train.planning.memory import Memory, gib, memory_of
 from train.planning.shapes import Shapes, shapes_of
@@ -19,6 +18,7 @@ from train.planning.timing import (
     step_time,
 )
 from train.settings.config import Config
+from train.speed.metrics import FORMULA_NAME, Peak, mfu, training_flops_per_token
 
 DAY_S = 86_400.0
 

@@ -1,7 +1,7 @@
 """Seconds of a step on a described cluster, by part.
 
-Compute is the FLOPs of train.metrics over achieved rates; messages are bytes over rates and hops
-over latencies, hidden behind compute where the code lets them be. Operations take a least time
+Compute is the FLOPs of train.speed.metrics over achieved rates; messages are bytes over rates and
+hops over latencies, hidden behind compute where the code lets them be. Operations take a least time
 each, which is what the memory's chain, small and in turn, is made of.
 """
 
@@ -11,13 +11,13 @@ import math
 from typing import NamedTuple
 
 from model.config import ModelConfig
-from train.metrics import forward_flops_per_token
 from train.planning.activations import activations_of_layer
 from train.planning.cluster import Cluster
 from train.planning.shapes import Shapes, block_calls, rows_in_turn
 from train.planning.states import WIDE, parts_of
 from train.planning.weights import count_weights
 from train.settings.config import Config
+from train.speed.metrics import forward_flops_per_token
 
 OPERATIONS = 136
 """Of a layer, forward and backward, as the dry run counts them; a third more with checkpointing."""

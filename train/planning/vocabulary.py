@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data.shards import Manifest
 from data.urls import shown_folder, url_of
-from train.reading import model_vocab_size
+from train.reading.landmarks import model_vocab_size
 from train.settings.config import Config
 
 

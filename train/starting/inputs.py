@@ -14,10 +14,16 @@ from data.index import Corpus
 from data.remote import Remote
 from train.checkpoints.manifest import FORMAT, Manifest, newest_manifest, saved_format
 from train.checkpoints.names import list_checkpoints
-from train.corpora import Training, choose_course, epoch_problems, needs_counts, open_training
 from train.huggingface.tokenizer_files import require_trained_on
-from train.reading import model_vocab_size
-from train.remote import open_remote
+from train.reading.corpora import (
+    Training,
+    choose_course,
+    epoch_problems,
+    needs_counts,
+    open_training,
+)
+from train.reading.landmarks import model_vocab_size
+from train.reading.remote import open_remote
 from train.settings.config import Config, ConfigError
 from train.settings.memories import LandmarkMemory, find_memory
 from train.starting.changes import find_changes

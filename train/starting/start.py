@@ -7,7 +7,7 @@ import os
 import sys
 
 from train.agree import of_all
-from train.reading import model_vocab_size
+from train.reading.landmarks import model_vocab_size
 from train.settings.config import Config, dump
 from train.starting.fork import Data, begin_fork, plan_fork
 from train.starting.fresh import begin_again

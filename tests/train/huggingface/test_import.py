@@ -26,14 +26,14 @@ from tests.train.huggingface.published import (
     tokens,
 )
 from tests.train.tiny import Shards
-from train import generate
 from train.checkpoints.folder import choose_checkpoint
 from train.checkpoints.snapshot import read_model
 from train.evaluation import evaluate
+from train.generation import generate
+from train.generation.writing import Wanted
 from train.huggingface import folder as folders
 from train.huggingface.importing import import_folder
 from train.huggingface.loading import load_folder
-from train.writing import Wanted
 
 ROUNDING = 1e-5
 """float32, three layers: 2e-7 measured."""

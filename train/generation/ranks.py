@@ -23,10 +23,8 @@ from parallel.ring import choose_exchange
 from train.agree import SomeRankFailed, of_first, together
 from train.checkpoints.folder import choose_checkpoint, read_manifest
 from train.checkpoints.snapshot import load_model, read_config
-from train.settings.config import Config
-from train.settings.memories import to_memory_config
-from train.sharded import Sharded, check_sharded, continue_from, read_prompt
-from train.writing import (
+from train.generation.sharded import Sharded, check_sharded, continue_from, read_prompt
+from train.generation.writing import (
     Next,
     Wanted,
     check_fits,
@@ -39,6 +37,8 @@ from train.writing import (
     show,
     write,
 )
+from train.settings.config import Config
+from train.settings.memories import to_memory_config
 
 END = -1
 """Told to the ranks in place of a token."""

@@ -14,7 +14,7 @@ import torch
 
 from model.config import LandmarkMemory, ModelConfig
 from model.lora import count_adapters
-from train.memory_flops import block_costs, memory_flops
+from train.speed.memory_flops import block_costs, memory_flops
 
 FORMULA_NAME = "causal mask-aware, no recomputation"
 
@@ -39,7 +39,7 @@ class Flops(NamedTuple):
 
     matrices: float  # tokens through QKV, output, FFN and head
     attention: float  # tokens' scores and weighted sums
-    memory: float  # the memory's own rows and products; see train.memory_flops
+    memory: float  # the memory's own rows and products; see train.speed.memory_flops
 
 
 def forward_flops_per_token(

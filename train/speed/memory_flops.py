@@ -1,4 +1,4 @@
-"""What each memory adds to a token's forward pass, counted as train.metrics counts.
+"""What each memory adds to a token's forward pass, counted as train.speed.metrics counts.
 
 Left out, as norms and softmax are there: products with a vector (infini's norm), triangular systems
 as large as a memory's own rows (armt), and scores of blocks before the window (landmark), whose

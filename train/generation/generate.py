@@ -4,7 +4,7 @@ The prompt is read in pieces through the model's memory (model.stream), so what 
 depend on its length; only landmark's `retrieve` keeps blocks of all of it, on the host. A model
 without memory can see one segment; a longer prompt is cut (`truncate`), or merged hierarchically
 (`homer`), which is always shown beside the cut one. Several ranks share the keys of such a segment
-(train.generate_ranks).
+(train.generation.ranks).
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from model.decoder import Decoder
 from model.homer import merge_context, plan_merge, truncated
 from model.memory.base import named_tensors
 from model.stream import Stream
-from train import generate_ranks
 from train.checkpoints.folder import choose_checkpoint
 from train.checkpoints.snapshot import load_model
-from train.settings.config import Config
-from train.writing import (
+from train.generation import ranks
+from train.generation.writing import (
     Next,
     Wanted,
     check_fits,
@@ -43,6 +42,7 @@ from train.writing import (
     show,
     write,
 )
+from train.settings.config import Config
 
 TOKENS_AT_ONCE = 8192
 """Tokens of a prompt in one forward pass, or one segment's where that is longer."""
@@ -63,12 +63,12 @@ def run(
     context: for models without memory, `truncate` or `homer`. tokenizer: a file; None takes the
     imported model's, else the run's own. changes: see snapshot.read_model. suffix_tokens: with
     homer, the end of the prompt that every chunk is read beside. Under torchrun with several
-    processes all of them call this; see generate_ranks.
+    processes all of them call this; see train.generation.ranks.
 
     Raises ValueError for everything that the user can mend.
     """
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return generate_ranks.run(
+        return ranks.run(
             checkpoint, prompt, wanted, context=context, tokenizer=tokenizer, changes=changes
         )
     path, manifest = choose_checkpoint(checkpoint)

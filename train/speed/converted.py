@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
 from model.init import count_parameters
-from train.metrics import FORMULA_NAME, Peak, training_flops_per_token
+from train.speed.metrics import FORMULA_NAME, Peak, training_flops_per_token
 
 Basis = Literal["causal", "full", "6n"]
 BASES: dict[Basis, str] = {

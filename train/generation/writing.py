@@ -19,7 +19,7 @@ from model.decoder import Decoder
 from model.sampling import Sampler, Sampling
 from train.checkpoints.manifest import Manifest
 from train.huggingface.tokenizer_files import TOKENIZER, imported_home, require_same_tokenizer
-from train.remote import open_remote
+from train.reading.remote import open_remote
 from train.settings.config import Config
 
 PIECE_CHARACTERS = 1 << 20

@@ -16,7 +16,7 @@ from data.remote import Remote
 from data.streams import Streams
 from data.wide import WideCorpus
 from train.agree import of_first
-from train.reading import choose_reading
+from train.reading.landmarks import choose_reading
 from train.settings.config import Config, ConfigError
 
 Training: TypeAlias = Corpus | WideCorpus | Mixture

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from train.agree import of_all
-from train.corpora import Training
+from train.reading.corpora import Training
 
 _SHOWN = 3
 """Of what was found at one time, in the text; events.jsonl has them all."""

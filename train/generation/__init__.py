@@ -1,0 +1,1 @@
+"""`longhaul generate`: a prompt of any length read, and more written."""

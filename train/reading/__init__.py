@@ -1,0 +1,1 @@
+"""What a run reads, in which order, and what proves it."""
