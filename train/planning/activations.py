@@ -1,7 +1,7 @@
 """Bytes of activations on one rank at their peak, from shapes alone.
 
 The sums follow the code of model/: what each operation keeps for its backward, and what is beside
-it while the backward of one layer runs. tests/train/test_planning.py holds them against a dry run.
+it while the backward of one layer runs. tests/train/planning holds them against a dry run.
 Names of sizes: R rows inside linear maps, Rs rows outside them (scattered under sequence
 parallelism), D hidden_size, Q and K features of queries and of keys on this rank, F ffn features.
 """

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.train.test_verdict import compared
+from tests.train.evaluation.test_verdict import compared
 from train.evaluation.positions import Evaluation
 from train.evaluation.rates import aligned, cell_tables, rate_text
 from train.evaluation.report import Answers, Report, render, write_report

@@ -20,8 +20,8 @@ from tests.train.attempts import (
     read_rows,
     tensors_of,
 )
-from tests.train.test_inputs import assert_says, lines, one_line
-from tests.train.test_resume import kill_while_at
+from tests.train.starting.test_inputs import assert_says, lines, one_line
+from tests.train.starting.test_resume import kill_while_at
 from tests.train.tiny import Shards, build_tiny, tiny
 from train.build import to_model_config
 from train.checkpoints.folder import choose_checkpoint, read_manifest

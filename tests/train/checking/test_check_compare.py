@@ -160,7 +160,7 @@ def test_the_exit_code_says_whether_it_is_equal(
     report = Report(SUBJECT.config, [], [comparison], switches, 1.0)
     monkeypatch.setattr("train.checking.check.check", lambda *args: report)
     with pytest.raises(typer.Exit) as end:
-        command(Path(__file__).parents[2] / "configs/quickstart.yaml", as_json=True)
+        command(Path(__file__).parents[3] / "configs/quickstart.yaml", as_json=True)
     assert end.value.exit_code == code
     (told,) = as_json(report)["comparisons"][0]["differences"]
     assert told["error"] == (0.0 if switches is None else None)

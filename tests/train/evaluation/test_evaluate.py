@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 
 from data.index import Corpus
+from tests.train.evaluation.test_measure import (
+    MEMORIES,
+    VOCAB,
+    S,
+    corpus,
+    make_model,
+    write_documents,
+)
 from tests.train.runs import small
-from tests.train.test_measure import MEMORIES, VOCAB, S, corpus, make_model, write_documents
 from train.evaluation.answers import Answered
 from train.evaluation.evaluate import Tasks, run
 from train.evaluation.questions import Place, summarise
@@ -111,7 +118,7 @@ def test_tasks_are_asked_before_the_loss_and_shown_after(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tests.train.test_report import Result, cell
+    from tests.train.evaluation.test_report import Result, cell
 
     use_model(monkeypatch, "fam", corpus.folder)
     asked: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from torch import Tensor
 from data.tokenizer import ByteTokenizer
 from model.memory.base import State
 from tests.ranks import run_ranks
+from tests.train.evaluation.test_questions import needles
 from tests.train.test_every_memory import MEMORIES
-from tests.train.test_questions import needles
 from tests.train.tiny import Shards, build_tiny, tiny
 from train.evaluation.answers import Answered, DecoderReader, Reader, measure
 from train.evaluation.layout_reader import LayoutReader

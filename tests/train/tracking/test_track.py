@@ -20,7 +20,7 @@ from tests.train.runs import longhaul
 from train.tracking.replay import read_session, replay
 from train.tracking.tracker import Tracker
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 300.0
 """Never waited for in a good run: a server takes a minute to start on a loaded machine."""
 

@@ -11,7 +11,7 @@ import pytest
 from data.index import Corpus
 from data.tokenizer import ByteTokenizer, load_tokenizer
 from tests.train.runs import longhaul, write
-from tests.train.test_inputs import assert_says, one_line
+from tests.train.starting.test_inputs import assert_says, one_line
 from tests.train.tiny import Shards, prepare_shards, tiny, write_permuted
 from train.checkpoints.folder import choose_checkpoint
 from train.checkpoints.manifest import read_manifest, values_hash

@@ -23,7 +23,7 @@ from train.tracking.shipper import Progress, RefusedError, RunGoneError, Session
 from train.tracking.system_metrics import SystemMetrics
 from train.tracking.tracker import NoTracker, Tracker
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Never waited for in a good run; a loaded machine needs half a minute to import mlflow.
 PATIENCE_S = 180
 

@@ -15,8 +15,8 @@ from tests.data.corpora import write_numbers
 from tests.ranks import run_ranks
 from tests.train.attempts import finish, losses
 from tests.train.runs import problems, small
-from tests.train.test_inputs import assert_says, lines, one_line
-from tests.train.test_resume import HALF, STEPS, assert_same_bits, kill_while_at
+from tests.train.starting.test_inputs import assert_says, lines, one_line
+from tests.train.starting.test_resume import HALF, STEPS, assert_same_bits, kill_while_at
 from tests.train.tiny import LANES, Shards, prepare_shards, tiny
 from train.reading.corpora import choose_course, metric_names, start_course
 from train.reading.verify import verify

@@ -153,7 +153,7 @@ def test_a_stop_among_the_questions_leaves_nothing_told(tmp_path: Path, shards: 
 def test_a_report_is_the_old_one_or_the_new_one(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.train.test_verdict import compared
+    from tests.train.evaluation.test_verdict import compared
     from train.evaluation.report import Report
 
     old, new = (Report(title, [], compared([0.1, 0.12])) for title in ("old", "new"))

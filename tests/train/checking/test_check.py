@@ -15,7 +15,7 @@ from train.checking.switches import Switch, smallest, switches_of, with_only
 from train.settings.config import Config, load, validate
 from train.settings.memories import MEMORY_CONFIGS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SIZES = {
     *("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"),
