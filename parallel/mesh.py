@@ -6,12 +6,16 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from parallel.heap import settle_heap
+
+_DRIVER = Path("/dev/nvidiactl")
+"""Where a machine or container has NVIDIA GPUs."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,17 @@ def start_processes(
         # One process, no port. (The name is there at run time, the stub does not export it.)
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def why_on_cpu() -> str | None:
+    """Return why the ranks of this machine leave its GPUs idle; None where it shows none."""
+    ranks, seen = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if seen:
+        return None if seen >= ranks else f"{ranks} ranks, and torch sees {seen} GPUs here"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _DRIVER.exists():
+        return None
+    built = "is built without CUDA" if torch.version.cuda is None else "sees none of them"
+    return f"torch {torch.__version__} {built}"
 
 
 def set_timeout(timeout: timedelta) -> None:

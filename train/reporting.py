@@ -13,7 +13,7 @@ import torch
 
 from data.wording import counted
 from model.memory.base import named_tensors
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, why_on_cpu
 from train.build import Built
 from train.checkpoints.names import step_name
 from train.checkpoints.saver import Result
@@ -99,6 +99,8 @@ class Reporter:
             f" | {parameters / 1e6:.2f}M parameters a TP rank{some}"
             f" | {self.tokens_per_step:,} tokens a step | peak {self.peak.source}"
         )
+        if mesh.device.type == "cpu" and (reason := why_on_cpu()):
+            self.progress.say(f"WARNING: this machine's GPUs are idle: {reason}")
         for line in self.course.describe(config.train.steps):
             self.progress.say(line)
         describe_run(

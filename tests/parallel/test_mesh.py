@@ -2,11 +2,13 @@
 
 import os
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, build_mesh, place, start_processes
+from parallel.mesh import Mesh, build_mesh, place, start_processes, why_on_cpu
 from tests.ranks import run_ranks
 
 SHAPES = [(1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1)]
@@ -46,6 +48,38 @@ def test_groups_hold_the_ranks_that_differ_in_one_axis(tp: int, cp: int, dp: int
             ]
             assert found["groups"][name] == peers
             assert found["ranks"][name] == peers.index(rank)
+
+
+@pytest.mark.parametrize(
+    ("driver", "seen", "cuda", "visible", "said"),
+    [
+        (False, 0, None, None, None),
+        (True, 0, None, None, f"torch {torch.__version__} is built without CUDA"),
+        (True, 0, "13.0", None, f"torch {torch.__version__} sees none of them"),
+        (True, 0, "13.0", "", None),
+        (True, 2, "13.0", None, "4 ranks, and torch sees 2 GPUs here"),
+        (True, 4, "13.0", None, None),
+    ],
+)
+def test_gpus_that_ranks_leave_idle_are_told(
+    driver: bool,
+    seen: int,
+    cuda: str | None,
+    visible: str | None,
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if driver:
+        (tmp_path / "driver").touch()
+    monkeypatch.setattr("parallel.mesh._DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert why_on_cpu() == said
 
 
 def refusal(tp: int, cp: int) -> str:

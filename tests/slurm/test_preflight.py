@@ -8,7 +8,14 @@ import pytest
 
 from train.cluster.failure import FOLDER
 from train.cluster.meeting import judge, meet
-from train.cluster.preflight import Found, check_disk, check_node, check_writing, judge_gpus
+from train.cluster.preflight import (
+    Found,
+    check_disk,
+    check_node,
+    check_torch,
+    check_writing,
+    judge_gpus,
+)
 from train.cluster.ring import rounds
 
 WHOLE = {"problems": [], "port": 1}
@@ -36,6 +43,17 @@ def test_a_sick_gpu_is_named(row: list[str], said: str) -> None:
 
 def test_a_missing_gpu_is_counted() -> None:
     assert judge_gpus([GOOD] * 7, 8).problem == "7 GPUs of 8"
+
+
+def test_a_torch_without_the_jobs_gpus_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_torch(8).problem is None
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert "is built without CUDA, and 8 ranks need one GPU each" in (check_torch(8).problem or "")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    assert "sees 7 GPUs, and 8 ranks need" in (check_torch(8).problem or "")
+    assert check_torch(7).problem is None
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:

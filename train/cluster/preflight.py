@@ -46,6 +46,7 @@ def check_node(run_dir: Path, ranks: int) -> list[Found]:
         lambda: check_shm(ranks),
         lambda: check_writing(run_dir),
         check_name,
+        lambda: check_torch(ranks),
         check_arithmetic,
     )
     found = []
@@ -59,7 +60,7 @@ def check_node(run_dir: Path, ranks: int) -> list[Found]:
 
 def check_gpus(ranks: int) -> Found:
     """Return the GPUs: as many as ranks, without memory errors, not slowed down by heat."""
-    expected = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    expected = _gpus_of_job()
     if shutil.which("nvidia-smi") is None:
         problem = (
             f"{expected} GPUs were asked for, and there is no nvidia-smi" if expected else None
@@ -76,6 +77,10 @@ def check_gpus(ranks: int) -> Found:
         return Found("GPUs", "", f"nvidia-smi failed with {answer.returncode}: {said}")
     rows = [line.split(", ") for line in answer.stdout.splitlines() if line.strip()]
     return judge_gpus(rows, max(ranks, expected))
+
+
+def _gpus_of_job() -> int:
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
 
 
 def judge_gpus(rows: list[list[str]], needed: int) -> Found:
@@ -143,6 +148,20 @@ def check_name() -> Found:
         told = os.environ.get("GLOO_SOCKET_IFNAME")
         problem = f"{name} does not resolve here ({error}); mend /etc/hosts or the name server"
         return Found("name", name, None if told else problem)
+
+
+def check_torch(ranks: int) -> Found:
+    """Return which torch this is: in a job with GPUs it must see one for each rank.
+
+    With fewer the ranks of this node would compute on its CPU.
+    """
+    import torch
+
+    seen, problem = torch.cuda.device_count(), None
+    if _gpus_of_job() and seen < ranks:
+        built = "is built without CUDA" if torch.version.cuda is None else f"sees {seen} GPUs"
+        problem = f"torch {torch.__version__} {built}, and {ranks} ranks need one GPU each"
+    return Found("torch", torch.__version__, problem)
 
 
 def check_arithmetic() -> Found:
