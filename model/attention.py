@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from model.precision import sum_dtype
+
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return (out, lse) over the union of two disjoint key sets.
@@ -166,17 +168,13 @@ class Sum:
             if x.shape == self.like.shape:
                 self.total, self.fresh = x, True
                 return
-            self.total = torch.zeros_like(self.like, dtype=_wide(x))
+            self.total = torch.zeros_like(self.like, dtype=sum_dtype(x))
             self.total[index] = x
             return
         if self.fresh:  # the first piece's own tensor: widen it before others are added
-            self.total, self.fresh = self.total.to(_wide(x), copy=True), False
+            self.total, self.fresh = self.total.to(sum_dtype(x), copy=True), False
         self.total[index] += x
 
     def result(self) -> Tensor:
         """Return the sum, in float32 where more than one piece was added."""
         return torch.zeros_like(self.like) if self.total is None else self.total
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

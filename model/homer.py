@@ -22,6 +22,7 @@ from torch import Tensor
 from model.compact import Compact, Rows, attend, compact_of, embed, project, turns_of
 from model.config import NoMemory
 from model.decoder import Decoder
+from model.precision import sum_dtype
 
 
 class Plan(NamedTuple):
@@ -296,7 +297,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
     q [..., H, K], k [T, Hkv, K], both rotated.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = sum_dtype(q)
     grouped = q.to(wide).unflatten(-2, (k.shape[1], -1))
     logits = torch.einsum("...hgd,thd->...thg", grouped, k.to(wide))
     highest: Tensor = logits.amax((-2, -1))

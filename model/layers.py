@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from model.compiled import fused
 from model.config import ComputeConfig, ModelConfig
 from model.interfaces import Linears
+from model.precision import sum_dtype
 from model.recompute import recomputed
 
 
@@ -52,7 +53,7 @@ def scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def normalise(x: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) over the last dimension, float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(sum_dtype(x))
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from model.compiled import fused
 from model.interfaces import Linears
+from model.precision import sum_dtype
 
 IGNORE = -100
 """Label of a position that is no target; torch's own convention."""
@@ -87,7 +88,7 @@ def _added(total: Tensor | None, part: Tensor, more: bool) -> Tensor:
     if total is not None:
         _add(total, part)
         return total
-    return part.to(torch.promote_types(part.dtype, torch.float32)) if more else part
+    return part.to(sum_dtype(part)) if more else part
 
 
 @fused
@@ -141,7 +142,7 @@ def _at(logits: Tensor, column: Tensor) -> Tensor:
 def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return these columns' lse, the logit at the label, and 1; 0, 0 if it is not among them."""
     if logits.shape[1] == 0:
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        wide = sum_dtype(logits)
         lse = torch.full_like(labels, float("-inf"), dtype=wide)
         return lse, torch.zeros_like(lse), torch.zeros_like(lse)
     column, here = _locate(labels, logits.shape[1])
@@ -151,7 +152,7 @@ def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @fused
 def _log_sum_exp(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
+    return logits.to(sum_dtype(logits)).logsumexp(-1)
 
 
 @fused

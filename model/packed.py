@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.attention import Layout
 from model.kernels import Kernel
+from model.precision import sum_dtype
 
 
 class Block(NamedTuple):
@@ -121,7 +122,7 @@ def forward_blocks(
 
     q [B * N, H, Sq, K]; k, v [B * N, Hkv, Sk, K].
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = sum_dtype(q)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
     for block in blocks:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.attention import Exchange, merge
 from model.kernels import choose_kernel
+from model.precision import sum_dtype
 
 
 class ShardedKeys(NamedTuple):
@@ -88,7 +89,7 @@ def _attend_here(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if keys.shape[2]:
         out, lse = choose_kernel(q).forward(queries, keys, values, False)
         return out.to(lse.dtype), lse
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = sum_dtype(q)
     lse = torch.full(queries.shape[:3], float("-inf"), dtype=wide, device=q.device)
     return torch.zeros_like(queries, dtype=wide), lse
 
@@ -136,7 +137,7 @@ def lean_attend(
     """
     lengths = [len(k) for k in keys]
     tiles = tiles_of(lengths, tile)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = sum_dtype(q)
     out = torch.zeros_like(q, dtype=wide)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
     for stretch in lean_partition(lengths, tile, workers):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from model.attention import Exchange, Visit, VisitBack, merge
+from model.precision import sum_dtype
 
 ALL = slice(None)
 
@@ -50,7 +51,7 @@ class _Group:
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the ranks, added in float32."""
-        total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        total = x.to(sum_dtype(x), copy=True)
         dist.all_reduce(total, group=self.group)
         return total.to(x.dtype)
 
@@ -74,7 +75,7 @@ class Ring(_Group):
 
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
         """Call step(source, k, v, heads) -> (dk, dv); return this rank's dk, dv, summed."""
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = sum_dtype(k)
         home = torch.empty((2, *k.shape), dtype=wide, device=k.device)
 
         def stay(heads: slice) -> None:
@@ -113,7 +114,7 @@ class Ring(_Group):
 
 def _stack_wide(a: Tensor, b: Tensor) -> Tensor:
     """Return [2, ...] of both, in float32 or wider, in one pass."""
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = sum_dtype(a)
     both = torch.empty((2, *a.shape), dtype=wide, device=a.device)
     both[0], both[1] = a, b
     return both
@@ -153,7 +154,7 @@ class AllGather(_Group):
     def visit_back(self, k: Tensor, v: Tensor, step: VisitBack) -> tuple[Tensor, Tensor]:
         """Call step(source, k, v, heads) -> (dk, dv); return this rank's dk, dv, summed."""
         held = self._gather(torch.stack((k, v)))
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = sum_dtype(k)
         grads = torch.empty(held.shape, dtype=wide, device=k.device)
         for source in range(self.size):
             dk, dv = step(source, held[source, 0], held[source, 1], ALL)

@@ -26,6 +26,7 @@ from model.memory.frame import Frame, Rows
 from model.memory.in_turn import InTurn, Stack
 from model.memory.mixer import Mixer, MixerState, OpenLayer
 from model.memory.scan import where_start
+from model.precision import sum_dtype
 
 ROLLS = 3
 """nu of DPFP: feature i of a key is a product of entries i and i - 1, i - 2, i - 3."""
@@ -107,7 +108,7 @@ class ArmtMixer(Mixer):
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> MixerState:
         """Return a matrix of nothing."""
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = sum_dtype(like)
         shape = (segments.batch, self.features, block.hidden_size)
         matrix = torch.zeros(shape, device=like.device, dtype=wide)
         return super().empty(block, segments, like)._replace(parts={"armt": ArmtState(matrix)})
@@ -176,7 +177,7 @@ class Armt(InTurn):
         self, stack: Stack, segments: Segments, state: list[Tensor], prepared: None
     ) -> tuple[Rows, None]:
         """Return the rows."""
-        wide = torch.promote_types(self.rows.dtype, torch.float32)
+        wide = sum_dtype(self.rows)
         x = self.rows.to(wide).expand(segments.batch, -1, -1).flatten(0, 1)
         return Rows(self.frame, stack.linears.scatter(x)), None
 

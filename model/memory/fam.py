@@ -27,6 +27,7 @@ from model.fold import Piece
 from model.interfaces import Linears, Segments
 from model.memory.base import Block, Part, PartMemory, Tokens, stack_segments
 from model.memory.carry import Carry
+from model.precision import sum_dtype
 from model.rope import rotate
 
 
@@ -86,7 +87,7 @@ class FamPart(Part):
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> FamState:
         """Return slots that hold nothing yet."""
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = sum_dtype(like)
         shape = (segments.batch, self.memory.slots, block.hidden_size)
         slots = torch.zeros(shape, device=like.device, dtype=wide)
         return FamState(slots, torch.ones_like(segments.starts[:, 0]))
@@ -224,7 +225,7 @@ class Fam(PartMemory):
 
     def initial(self, blocks: Items[Block], linears: Linears) -> list[FamInitial]:
         """Return the slots each layer begins a document with."""
-        wide = torch.promote_types(self.prompt.dtype, torch.float32)
+        wide = sum_dtype(self.prompt)
         fresh = torch.ones((), dtype=torch.bool, device=self.prompt.device)
         x = linears.scatter(self.prompt.to(wide))
         initial = [FamInitial(linears.gather(x), fresh)]

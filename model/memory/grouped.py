@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.precision import sum_dtype
+
 _ROWS = 256
 """Query rows at a time, as model.kernels.Blockwise; a block longer than that is one step."""
 
@@ -152,7 +154,7 @@ def _steps(q: Tensor, k: Tensor, v: Tensor, block: int, causal: bool) -> Iterato
     kept = k.shape[2]
     assert kept % block == 0, f"{kept} keys are no whole blocks of {block}"
     assert not causal or length == kept, (length, kept)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = sum_dtype(q)
     k, v = k.to(wide).contiguous(), v.to(wide).contiguous()
     rows = max(1, min(_ROWS, _SCORES // (batch * heads * kept)))
     if causal:

@@ -26,6 +26,7 @@ from model.config import HmtMemory, ModelConfig
 from model.interfaces import Segments
 from model.memory.frame import Frame, Rows
 from model.memory.in_turn import InTurn, Stack
+from model.precision import sum_dtype
 
 
 class HmtState(NamedTuple):
@@ -58,7 +59,7 @@ class Hmt(InTurn):
 
     def empty(self, batch: int, like: Tensor) -> HmtState:
         """Return an empty bank."""
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = sum_dtype(like)
         shape = (batch, self.memory.bank, self.hidden_size)
         return HmtState(
             torch.zeros(shape, device=like.device, dtype=wide),
@@ -166,7 +167,7 @@ class Hmt(InTurn):
             starts=torch.ones(batch * count, 1, dtype=torch.bool, device=tokens.device),
             window=0, cos=cos, sin=sin, sequence=sequence,
         )  # fmt: skip
-        wide = torch.promote_types(self.prompt.dtype, torch.float32)
+        wide = sum_dtype(self.prompt)
         prompt = self.prompt.to(wide).expand(batch * count, 2, -1)
         rows = Rows(Frame(front=1, back=1), stack.linears.scatter(prompt.flatten(0, 1)))
         _, after, _ = stack.through(stack.embed(tokens), rows, alone, None)

@@ -26,6 +26,7 @@ from model.interfaces import Linears, Segments
 from model.layers import starts_at
 from model.memory.base import Axes, Block, Initial, Part, PartMemory, Tokens
 from model.memory.scan import Item, scan, where_start
+from model.precision import sum_dtype
 
 
 class InfiniState(NamedTuple):
@@ -37,7 +38,7 @@ class InfiniState(NamedTuple):
 
 def features(x: Tensor) -> Tensor:
     """Return s(x) = ELU(x) + 1, positive, float32 or wider."""
-    return functional.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+    return functional.elu(x.to(sum_dtype(x))) + 1
 
 
 def read_memory(q: Tensor, state: InfiniState) -> Tensor:
@@ -70,7 +71,7 @@ class InfiniPart(Part):
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> InfiniState:
         """Return memories of nothing."""
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = sum_dtype(like)
         shape = (segments.batch, block.num_kv_heads, block.head_dim, block.head_dim)
         nothing = torch.zeros(shape, device=like.device, dtype=wide)
         return InfiniState(nothing, nothing[..., 0])

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from model.memory.block_store import BlockStore
+from model.precision import sum_dtype
 from model.rope import rotate
 
 Granularity = Literal["token_and_head", "heads", "tokens"]
@@ -131,7 +132,7 @@ class _Queries:
         self, q: Tensor, store: BlockStore, top_k: int, places: Tensor, rope: Rope
     ) -> None:
         assert top_k >= 1, f"top_k={top_k} reads nothing"
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = sum_dtype(q)
         self.q = q.transpose(1, 2).to(wide)
         self.store, self.top_k, self.rope = store, top_k, rope
         self.block, self.count = store.block, store.num_blocks

@@ -21,6 +21,7 @@ from model.memory.carry import Carry
 from model.memory.frame import Frame, Rows
 from model.memory.in_turn import InTurn, Stack
 from model.memory.scan import where_start
+from model.precision import sum_dtype
 
 
 class RmtState(NamedTuple):
@@ -47,7 +48,7 @@ class Rmt(InTurn):
 
     def empty(self, batch: int, like: Tensor) -> RmtState:
         """Return a memory that holds nothing yet: a document's start puts the first rows there."""
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = sum_dtype(like)
         shape = (batch, self.slots, self.hidden_size)
         return RmtState(torch.zeros(shape, device=like.device, dtype=wide))
 
@@ -63,6 +64,6 @@ class Rmt(InTurn):
 
     def close(self, stack: Stack, segments: Segments, rows: Rows, rest: None) -> RmtState:
         """Return the rows behind, after the final norm."""
-        wide = torch.promote_types(rows.x.dtype, torch.float32)
+        wide = sum_dtype(rows.x)
         left = stack.linears.gather(self.carry(stack.normed(rows.x).to(wide)))
         return RmtState(left.unflatten(0, (segments.batch, -1))[:, self.slots :])

@@ -25,6 +25,7 @@ from model.fold import Piece
 from model.interfaces import Linears, Segments
 from model.memory.base import Axes, Block, Initial, Part, PartMemory, Projected, Tokens
 from model.memory.scan import Item, scan, where_start
+from model.precision import sum_dtype
 from model.rope import rotate
 
 
@@ -48,7 +49,7 @@ class SlotPart(Part):
 
     def empty(self, block: Block, segments: Segments, like: Tensor) -> SlotState:
         """Return slots of weight 0."""
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = sum_dtype(like)
         shape = (segments.batch, block.num_kv_heads, self.slots, 2 * block.head_dim)
         means = torch.zeros(shape, device=like.device, dtype=wide)
         return SlotState(means, torch.full_like(means[..., 0], float("-inf")))
@@ -130,7 +131,7 @@ class AbcPart(SlotPart):
 
     def scores(self, raw: Projected) -> Tensor:
         """Return the map's output, bounded."""
-        wide = torch.promote_types(raw.extra.dtype, torch.float32)
+        wide = sum_dtype(raw.extra)
         return raw.extra.to(wide).clamp(-self.limit, self.limit)
 
 
@@ -143,7 +144,7 @@ class CmabPart(SlotPart):
 
     def scores(self, raw: Projected) -> Tensor:
         """Return latents * keys / sqrt(K)."""
-        wide = torch.promote_types(raw.k.dtype, torch.float32)
+        wide = sum_dtype(raw.k)
         scale = raw.k.shape[-1] ** -0.5
         keys = raw.k.to(wide) * scale
         scores: Tensor = torch.einsum("bnshk,hmk->bnshm", keys, self.latents.to(wide))
