@@ -7,30 +7,13 @@ import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from train.evaluation.confidence import Share, share
 from train.miniatures.config import MAX_BLOCKS, Miniature
 
 PLACES = ("start", "middle", "end")
 _PANELS = 3  # side by side
-
-
-class Interval(NamedTuple):
-    """A share and its 95 % interval."""
-
-    share: float
-    low: float
-    high: float
-
-
-def wilson(right: int, of: int) -> Interval:
-    """Return the share of successes with Wilson's 95 % score interval (Wilson 1927)."""
-    if of == 0:
-        return Interval(math.nan, 0.0, 1.0)
-    z, share = 1.96, right / of
-    centre = (share + z * z / (2 * of)) / (1 + z * z / of)
-    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def load_results(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -116,7 +99,7 @@ def _facts(miniature: Miniature, results: list[dict[str, Any]]) -> str:
             + f" ({c['weight']:.2f})"
             for c in cells
         ]
-        pooled = wilson(sum(c["exact"] for c in cells), sum(c["prompts"] for c in cells))
+        pooled = share(sum(c["exact"] for c in cells), sum(c["prompts"] for c in cells))
         facts = tokens // miniature.segment_len - 1
         lines.append(
             f"| {tokens:,} | {facts} | {_interval(pooled)} |" + "".join(f" {s} |" for s in shown)
@@ -124,8 +107,8 @@ def _facts(miniature: Miniature, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _interval(interval: Interval) -> str:
-    return f"{interval.share:.3f} ({interval.low:.2f} to {interval.high:.2f})"
+def _interval(interval: Share) -> str:
+    return f"{interval.value:.3f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
@@ -144,7 +127,7 @@ def _details(miniature: Miniature, results: list[dict[str, Any]]) -> str:
     for tokens, place in sorted(where, key=lambda key: (key[0], PLACES.index(key[1]))):
         cells = [cells.get((tokens, place)) for cells in by_seed]
         prompts = sum(cell["prompts"] for cell in cells if cell)
-        all_seeds = wilson(sum(cell["exact"] for cell in cells if cell), prompts)
+        all_seeds = share(sum(cell["exact"] for cell in cells if cell), prompts)
         lines.append(
             f"| {tokens:,} | {place} | {_interval(all_seeds)} |"
             + "".join(f" {_cell(cell)} |" for cell in cells)

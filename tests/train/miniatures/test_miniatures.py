@@ -365,16 +365,6 @@ def test_the_table_says_what_was_run_and_what_was_not(small: Miniature, tmp_path
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize(
-    ("right", "of", "low", "high"),
-    [(32, 32, 0.893, 1.0), (0, 32, 0.0, 0.107), (16, 32, 0.336, 0.664)],
-)
-def test_wilson_s_interval(right: int, of: int, low: float, high: float) -> None:
-    interval = report.wilson(right, of)
-    assert interval.low == pytest.approx(low, abs=1e-3)
-    assert interval.high == pytest.approx(high, abs=1e-3)
-
-
 RESULTS = Path("docs/results/miniatures")
 
 
