@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from parallel.fragment import Fragment
 from parallel.mesh import Mesh
-
-
-class Fragment(NamedTuple):
-    """This rank's share of one parameter's training state.
-
-    values are views: copying into them changes the state. Each holds elements
-    [start, start + numel) of the flattened tensor-parallel part of the parameter. A frozen
-    parameter has a master alone: the weight itself, in the type that the model computes with.
-    """
-
-    name: str
-    start: int
-    values: dict[str, Tensor]  # master, exp_avg, exp_avg_sq: [numel] float32
-
-    @property
-    def numel(self) -> int:
-        """Elements of the share."""
-        return next(iter(self.values.values())).numel()
 
 
 class Engine(Protocol):

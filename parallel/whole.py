@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.engine import Fragment
+from parallel.fragment import Fragment
 from parallel.mesh import Mesh
 
 

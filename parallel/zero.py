@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parallel.engine import Fragment
+from parallel.fragment import Fragment
 from parallel.hidden import hidden
 from parallel.mesh import Mesh
 
