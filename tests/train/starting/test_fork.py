@@ -214,10 +214,8 @@ def test_a_jobs_notes_do_not_take_the_forks_name(parent: Path, shards: Shards) -
     (folder / ".preflight-a-12").touch()  # its writer was killed
     checkpoint = begun(validate(settings(parent, shards, seed=3)), folder.name)
     verify(checkpoint)
-    assert (
-        end_attempt(folder, code=0, stopped_by="USR1", cancelled=False, preflight=None).action
-        == "requeue"
-    )
+    told = {"code": 0, "stopped_by": "USR1", "cancelled": False, "preflight": None}
+    assert end_attempt(folder, job="7", **told).action == "requeue"
     remove(folder)
 
 
