@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.train.attempts import forked, losses, pretrain, read_rows
-from tests.train.tiny import prepare_shards, tiny
+from tests.train.tiny import Shards, prepare_shards, tiny
 from train.settings.config import Config, validate
 from train.signals import StopRequest
 
@@ -89,33 +89,45 @@ def pretrain_with(config: Config, injected: Callable[[int, Path], None]) -> int:
     return pretrain(config)
 
 
+def config_of(folder: Path, shards: Shards) -> Config:
+    return validate(tiny(folder, shards, parallel={"cp": 2}, data__workers=1, **STEPS))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shards, list[tuple[float, ...]]]:
+    """Return shards, and the losses of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    shards = prepare_shards(folder)
+    config = config_of(folder / "run", shards)
+    with forked(2, config.run_dir, pretrain, config) as attempt:
+        assert attempt.wait() == [0, 0], attempt.text()
+    return shards, losses(config.run_dir)
+
+
 @pytest.mark.parametrize(
     ("injected", "stops_at"),
     [(in_the_build, 0), (in_an_evaluation, 3), (in_a_save, None), (in_the_data, 2)],
 )
 def test_one_rank_warned_stops_all_and_the_run_goes_on_as_if_nothing_had_happened(
-    injected: Callable[[int, Path], None], stops_at: int | None, tmp_path: Path
+    injected: Callable[[int, Path], None],
+    stops_at: int | None,
+    tmp_path: Path,
+    alone: tuple[Shards, list[tuple[float, ...]]],
 ) -> None:
-    shards = prepare_shards(tmp_path)
-    configs = {
-        name: validate(tiny(tmp_path / name, shards, parallel={"cp": 2}, data__workers=1, **STEPS))
-        for name in ("stopped", "alone")
-    }
-    stopped = configs["stopped"].run_dir
-    with forked(2, stopped, pretrain_with, configs["stopped"], injected) as attempt:
+    shards, undisturbed = alone
+    config = config_of(tmp_path / "run", shards)
+    with forked(2, config.run_dir, pretrain_with, config, injected) as attempt:
         assert attempt.wait() == [0, 0], attempt.text()
         assert "stopped at step" in attempt.text()
     if stops_at is not None:
-        assert len(read_rows(stopped)) == stops_at
-    assert not (stopped / "DONE").exists()
-    said = {}
-    for name, config in configs.items():
-        with forked(2, config.run_dir, pretrain, config) as attempt:
-            assert attempt.wait() == [0, 0], attempt.text()
-            said[name] = attempt.text()
-    assert losses(stopped) == losses(configs["alone"].run_dir)
+        assert len(read_rows(config.run_dir)) == stops_at
+    assert not (config.run_dir / "DONE").exists()
+    with forked(2, config.run_dir, pretrain, config) as attempt:
+        assert attempt.wait() == [0, 0], attempt.text()
+        said = attempt.text()
+    assert losses(config.run_dir) == undisturbed
     if injected is in_an_evaluation:  # what was cut short is done
-        assert "step 3 | valid/loss" in said["stopped"]
+        assert "step 3 | valid/loss" in said
 
 
 def test_a_signal_waits_in_the_kernel_and_no_program_that_is_started_dies_of_it() -> None:

@@ -103,7 +103,7 @@ PAIRS = [
     ("tp4-sp", "cp2-dp2-micro6"),
     ("1", "dp4-z3-micro3"),
 ]
-FAST = {("fam", *PAIRS[2]), ("fam", *PAIRS[5]), ("none", *PAIRS[1])}
+FAST = {("fam", *PAIRS[2]), ("none", *PAIRS[1])}
 MOVES = [(memory, *pair) for memory in ("fam", "none") for pair in PAIRS]
 
 

@@ -185,7 +185,7 @@ def test_a_run_with_a_checkpoint_of_its_own_does_not_read_it(
     ("size", "changes"),
     [
         pytest.param(2, {"parallel__zero": 3, "train__precision": "bf16"}, id="dp2-zero3-bf16"),
-        pytest.param(2, {"parallel__tp": 2}, id="tp2-zero1"),
+        pytest.param(2, {"parallel__tp": 2}, id="tp2-zero1", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_with_adapters_goes_on_bit_for_bit(
@@ -207,10 +207,16 @@ def test_a_killed_run_with_adapters_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     "legs",
     [
-        ((2, {"parallel__tp": 2}), (2, {"parallel__zero": 3}), (1, {})),
-        ((2, {"parallel__zero": 3}), (2, {"parallel__cp": 2}), (2, {"parallel__tp": 2})),
+        pytest.param(
+            ((2, {"parallel__tp": 2}), (2, {"parallel__zero": 3}), (1, {})),
+            id="tp2 dp2-zero3 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ((2, {"parallel__zero": 3}), (2, {"parallel__cp": 2}), (2, {"parallel__tp": 2})),
+            id="dp2-zero3 cp2 tp2",
+        ),
     ],
-    ids=["tp2 dp2-zero3 1", "dp2-zero3 cp2 tp2"],
 )
 def test_a_run_with_adapters_goes_on_at_any_layout(
     legs: tuple[tuple[int, dict[str, object]], ...], tmp_path: Path, shards: Shards, base: Path
