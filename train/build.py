@@ -37,7 +37,7 @@ class Built(NamedTuple):
 def to_model_config(config: Config, vocab_size: int) -> ModelConfig:
     """Return the model package's own description of a configuration's model.
 
-    vocab_size: where the configuration leaves it out; see reading.model_vocab_size.
+    vocab_size: where the configuration leaves it out; see train.reading.landmarks.model_vocab_size.
     """
     section = config.model
     own = {"memory", "vocab_size", "head_dim", "rope_scaling", "lora"}

@@ -67,7 +67,7 @@ def plan(
     Examples:
       longhaul plan configs/pretrain_8b.yaml --nodes 8 --gpu h200
       longhaul plan configs/pretrain_8b.yaml --nodes 8 --choose --write
-      longhaul plan configs/pretrain_8b.yaml --nodes 64 --dry-run
+      longhaul plan configs/pretrain_8b.yaml --nodes 64 --dry-run train.batch_size=256
       longhaul plan --calibrate my-cluster.yaml
 
     Exits 1 where the run does not fit. Next: `longhaul config`, or queue it.

@@ -79,7 +79,7 @@ def submit(
     Examples:
       longhaul submit configs/pretrain_8b.yaml --nodes 8 --spare 1 --partition gpu
       longhaul submit configs/pretrain_8b.yaml --nodes 8 --gpu h100 --check
-      longhaul submit configs/pretrain_8b.yaml train.steps=1000 --nodes 8 --dry-run
+      longhaul submit configs/pretrain_8b.yaml train.steps=4000 --nodes 8 --dry-run
 
     Next: `squeue --me`; the log is NAME-JOB.out, the attempts are in RUN/attempts.jsonl.
     """  # noqa: D301
