@@ -47,6 +47,7 @@ from model.decoder import Decoder
 from model.init import initialise
 from model.interfaces import Sequence
 from model.memory.base import Carried, detach, map_tensors
+from model.memory.block_store import BlockStore
 
 SEGMENT, WINDOW, VOCAB = 512, 4, 2048
 LAYERS, WIDTH, HEADS, KEY_HEADS, FFN = 4, 256, 4, 2, 704
@@ -111,6 +112,7 @@ class Reader:
     def stream(self, state: Carried) -> None:
         """Read the next chunk, for the logits of its last token."""
         batch = self.batch(1, start=False)
+        rewind(state)
         self.model(batch.tokens, batch.starts, state, only=-1)
 
     def train(self, state: Carried) -> None:
@@ -122,6 +124,17 @@ class Reader:
         )
         output.loss.backward()
         self.model.zero_grad()
+
+
+def rewind(state: Carried) -> None:
+    """Let what is read next behind this state be the first again: a document has no other.
+
+    Who appends to a block store a second time copies all of it, as a fork of the stream must.
+    """
+    for layer in state.layers:
+        for part in getattr(layer, "parts", {}).values():
+            if isinstance(part, BlockStore):
+                part.taken.copy_(part.end)
 
 
 def size_of(state: Carried) -> int:

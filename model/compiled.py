@@ -10,9 +10,10 @@ One switch for the process, as torch's own backends have them. Results differ by
 from __future__ import annotations
 
 import functools
+import inspect
 import shutil
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _on = False
+_LIMITED = "recompile_limit" in inspect.signature(torch.compile).parameters
 _KINDS = 64
 """Of calls to one function; training and evaluation with any memory make up to a dozen."""
 
@@ -58,9 +60,11 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
         # Dynamic: a kernel for each kind of call (types, dimensions, gradients) and not for each
         # shape, so that no result depends on which came first. Beyond torch's 8 kinds it would run
-        # the plain function.
+        # the plain function. The setting holds for this thread alone since torch 2.12, and a GPU's
+        # backward has one of its own: there it is the function's.
         dynamo.recompile_limit = max(dynamo.recompile_limit, _KINDS)
-        return torch.compile(function, dynamic=True)
+        own: dict[str, Any] = {"recompile_limit": _KINDS} if _LIMITED else {}
+        return torch.compile(function, dynamic=True, **own)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -168,7 +168,9 @@ class Decoder(nn.Module):
             after = Carried(layers, [])
         tied = self.embedding.weight if self.config.tie_embeddings else None
         if only is not None:
-            return self.logits(self._in_order(x, tokens.shape)[:, -1:, [only]]), after
+            return self.logits(
+                self._in_order(x, tokens.shape)[:, -1:].select(2, only)[:, :, None]
+            ), after
         if wanted is not None:
             places = torch.arange(tokens.numel(), device=x.device).view(tokens.shape)
             rows = self._as_rows(places).argsort()[wanted.flatten()]
@@ -287,7 +289,7 @@ class Decoder(nn.Module):
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.compute.checkpointing == "block" and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
 
     def _as_rows(self, x: Tensor) -> Tensor:

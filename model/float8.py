@@ -15,6 +15,7 @@ kept for backward is what is kept without FP8.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -71,10 +72,18 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
         return a.new_zeros(a.shape[0], b.shape[0])
     # Detached: the compiler makes a kernel for each shape of a parameter, for others one for all.
     (a8, of_a), (b8, of_b) = rounded(a.detach()), rounded(b.detach())
+    if not a.is_cuda and not _multiplies_on_cpu():
+        return ((a8.float() * of_a) @ (b8.float() * of_b).t()).to(a.dtype)
     return functional.scaled_mm(
         a8, b8.t(), of_a, ScalingType.RowWise, of_b.t(), ScalingType.RowWise,
         output_dtype=a.dtype, use_fast_accum=a.is_cuda,
     )  # fmt: skip
+
+
+@functools.cache
+def _multiplies_on_cpu() -> bool:
+    """Return whether torch has this product for a CPU: since 2.12."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
 
 
 @fused

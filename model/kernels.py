@@ -94,6 +94,7 @@ class CudaFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return (out, lse)."""
+        q, k, v = map(_aligned, (q, k, v))
         result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
         return result[0], result[1]
 
@@ -108,6 +109,7 @@ class CudaFlash:
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv."""
+        dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
         # Without dropout the kernel never reads its random state; it only wants two tensors.
         unused = torch.zeros((), dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -127,6 +129,13 @@ class CudaFlash:
             unused,
         )
         return grads[0], grads[1], grads[2]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return x with rows that begin at multiples of 16 bytes: so the kernel reads, unchecked."""
+    steps = (x.storage_offset(), *x.stride()[:-1])
+    whole = all(step * x.element_size() % 16 == 0 for step in steps)
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 class Blockwise:

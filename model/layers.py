@@ -131,7 +131,9 @@ class SwiGLU(nn.Module):
         parts = x.split(self.chunk)
         if not torch.is_grad_enabled():
             return torch.cat([run(part) for part in parts])
-        return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
+        return torch.cat(
+            [checkpoint(run, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        )
 
     def _all(self, x: Tensor) -> Tensor:
         result: Tensor = self.down(_gated(self.gate_up(x)))

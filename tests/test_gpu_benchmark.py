@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.measure import Error
+from benchmarks.gpu.measure import Error, Failed, attempt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,6 +17,25 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_an_error_above_its_tolerance_or_no_number_is_wrong(value: float) -> None:
     assert Error(value, 1e-3).wrong
     assert not Error(1e-3, 1e-3).wrong
+
+
+def test_a_row_that_fails_says_so_and_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> list[str | Error]:
+        raise RuntimeError("no such kernel\nat all")
+
+    row = attempt(["fam", "8,192"], fail)
+    assert row == ["fam", "8,192", "failed: RuntimeError: no such kernel"]
+    assert isinstance(row[-1], Failed)
+    assert "in fail" in capsys.readouterr().err
+    assert attempt(["fam"], lambda: ["1.0"]) == ["fam", "1.0"]
+
+
+def test_a_module_that_is_missing_ends_the_part() -> None:
+    def fail() -> list[str | Error]:
+        raise ModuleNotFoundError("megatron")
+
+    with pytest.raises(ModuleNotFoundError):
+        attempt(["fam"], fail)
 
 
 @pytest.mark.slow

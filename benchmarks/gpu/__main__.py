@@ -32,7 +32,7 @@ PARTS = {
 """Each part and the module that has a function of its name."""
 
 WRONG = 3
-"""Exit status of a part that ran and is wrong."""
+"""Exit status of a part that ran, with rows that are wrong or failed."""
 
 TAIL = 30
 """Lines of what a failed part said that go into the report."""
@@ -51,15 +51,17 @@ def chosen(words: str) -> list[str]:
 
 def measure(part: str, options: argparse.Namespace) -> None:
     """Run one part in this process; add its rows to the report."""
-    from benchmarks.gpu.measure import Error, Options, describe
+    from benchmarks.gpu.measure import Error, Failed, Options, describe
 
-    began, wrong = time.monotonic(), 0
+    began, wrong, width = time.monotonic(), 0, 0
     run = getattr(importlib.import_module(f"benchmarks.gpu.{PARTS[part]}"), part)
     with (options.output / "gpu.md").open("a", encoding="utf-8") as report:
         print(f"\n## {part}\n\n{inspect.getdoc(run)}\n\n{describe()}\n", file=report, flush=True)
         for number, row in enumerate(run(Options(options.tiny, options.rounds))):
             wrong += sum(isinstance(cell, Error) and cell.wrong for cell in row)
-            line = f"| {' | '.join(map(str, row))} |"
+            wrong += sum(isinstance(cell, Failed) for cell in row)
+            width = width or len(row)
+            line = f"| {' | '.join(map(str, [*row, *[''] * (width - len(row))]))} |"
             print(line, file=report, flush=True)
             if number == 0:
                 print("| --- " * len(row) + "|", file=report, flush=True)
@@ -73,10 +75,14 @@ def start(part: str, options: argparse.Namespace) -> str:
     words = [sys.executable, "-m", "benchmarks.gpu", "--part", part]
     words += ["--output", str(options.output), "--rounds", str(options.rounds)]
     words += ["--tiny"] * options.tiny
-    # As slurm/lib.sh sets it for runs.
-    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ
-    log = options.output / f"{part}.log"
-    with log.open("w", encoding="utf-8") as said:
+    environment = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # as slurm/lib.sh sets it for runs
+        "NCCL_SOCKET_IFNAME": "lo",  # one rank, perhaps on a machine without network
+    } | os.environ
+    log = options.output / "stderr.log"
+    with log.open("a", encoding="utf-8") as said:
+        print(f"==== {part}", file=said, flush=True)
+        behind = said.tell()
         process = subprocess.Popen(words, stderr=said, env=environment)
         try:
             code = process.wait(options.limit)
@@ -88,9 +94,9 @@ def start(part: str, options: argparse.Namespace) -> str:
             process.kill()
             raise
     if code in (0, WRONG):
-        log.unlink()
-        return "errors above their tolerance" if code else ""
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+        return "rows failed, or errors above their tolerance" if code else ""
+    said_here = log.read_bytes()[behind:].decode(errors="replace")
+    tail = said_here.splitlines()[-TAIL:]
     text = "\n".join(["", f"{part} failed with exit status {code}:", "", *tail])
     print(text, file=sys.stderr)
     with (options.output / "gpu.md").open("a", encoding="utf-8") as report:
@@ -105,7 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="kernels,memories,...")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds of each part")
+    parser.add_argument("--limit", type=float, default=560.0, help="seconds of each part")
     parser.add_argument("--rounds", type=int, default=5, help="that count")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

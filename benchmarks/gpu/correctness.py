@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu.measure import DEVICE, HALF, Error, Options, Row, Table, difference, named
+from benchmarks.gpu.measure import (
+    DEVICE,
+    HALF,
+    Error,
+    Options,
+    Row,
+    Table,
+    attempt,
+    difference,
+    named,
+)
 from benchmarks.gpu.models import document, shape
 from benchmarks.gpu.tolerances import FP8, FP8_TWIN, GRADIENTS, KERNELS, LOSS, LSE, WEIGHTS
 from benchmarks.length import MEMORIES
@@ -27,13 +38,14 @@ HOST = torch.device("cpu")
 
 def kernels(options: Options) -> Table:
     """Relative error of each kernel against its slow twin in float64 on the host."""
-    yield ["kernel", "type", "head_dim", "out", "lse", "dq", "dk", "dv"]
+    yield ["attention", "type", "head_dim", "kernel", "out", "lse", "dq", "dk", "dv"]
     length, block = (128, 16) if options.tiny else (2048, 64)
     for head_dim in (64, 128):
-        for name in ("attention", "grouped"):
+        for name in ("plain", "grouped"):
             for dtype in (torch.float32, HALF):
-                slow: Any = Blockwise() if name == "attention" else GroupedSoftmax(block)
-                yield compare(slow, name, dtype, head_dim, length, block)
+                slow: Any = Blockwise() if name == "plain" else GroupedSoftmax(block)
+                make = functools.partial(compare, slow, name, dtype, head_dim, length, block)
+                yield attempt([name, named(dtype), str(head_dim)], make)
 
 
 def fp8(options: Options) -> Table:
@@ -52,18 +64,22 @@ def fp8(options: Options) -> Table:
         given = [torch.randn(shape, generator=generator).to(HALF) for shape in shapes]
         if outlier:
             given[0][0] *= 2.0**12
-        here = [x.to(DEVICE) for x in given]
-        plain, host = products(functional.linear, here), products(float8_product, given)
         for on in (False, True):
             use_compiled(on)
-            own = products(float8_product, here)
-            errors = [
-                Error(difference(mine[first:], theirs[first:]), limit)
-                for others, limit in ((plain, FP8), (host, FP8_TWIN))
-                for mine, theirs, first in zip(own, others, (outlier, outlier, 0), strict=True)
-            ]
-            yield [f"{rows}{', outlier' * outlier}", "yes" if on else "no", *errors]
+            kind = [f"{rows}{', outlier' * outlier}", "yes" if on else "no"]
+            yield attempt(kind, functools.partial(compare_fp8, given, outlier))
     use_compiled(False)
+
+
+def compare_fp8(given: list[Tensor], outlier: bool) -> Row:
+    """Return the errors of a row of `fp8`."""
+    here = [x.to(DEVICE) for x in given]
+    own, plain = products(float8_product, here), products(functional.linear, here)
+    return [
+        Error(difference(mine[first:], theirs[first:]), limit)
+        for others, limit in ((plain, FP8), (products(float8_product, given), FP8_TWIN))
+        for mine, theirs, first in zip(own, others, (outlier, outlier, 0), strict=True)
+    ]
 
 
 def products(product: Callable[[Tensor, Tensor], Tensor], given: list[Tensor]) -> list[Tensor]:
@@ -93,7 +109,7 @@ def compare(
         Error(difference(own, other), limit)
         for other, own, limit in zip(*found, limits, strict=True)
     ]
-    return [type(fast).__name__, named(dtype), str(head_dim), *errors]
+    return [type(fast).__name__, *errors]
 
 
 def memories(options: Options) -> Table:
@@ -105,16 +121,17 @@ def memories(options: Options) -> Table:
         torch.manual_seed(0)
         batch = document(memory, 4, 64 if options.tiny else 512, 256)
         wide = trained(config, batch, HOST, torch.float64)
-        yield [name, *errors_of(config, batch, wide)]
+        run = functools.partial(errors_of, config, batch, wide)
+        yield attempt([name], run)
         if name == "fam" and DEVICE.type == "cuda":
             use_compiled(True)
-            yield [f"{name}, compiled", *errors_of(config, batch, wide)]
+            yield attempt([f"{name}, compiled"], run)
             use_compiled(False)
 
 
-def errors_of(config: ModelConfig, batch: Batch, wide: Trained) -> list[Error]:
+def errors_of(config: ModelConfig, batch: Batch, wide: Trained) -> Row:
     """Return the errors of loss and gradients on the device, in each type."""
-    found = []
+    found: Row = []
     for dtype in (torch.float32, HALF):
         own = trained(config, batch, DEVICE, dtype)
         found.append(Error(difference(own.loss, wide.loss), LOSS[dtype]))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.measure import DEVICE, HALF, Options, Row, Table, forget, times
+from benchmarks.gpu.measure import DEVICE, HALF, Options, Row, Table, attempt, forget, times
 from benchmarks.gpu.models import EIGHT_B, MIDDLE, TOY, VOCAB, Sizes, on_device, shape
+from model.compiled import use_compiled
 from model.config import (
     AbcMemory,
     ArmtMemory,
@@ -39,22 +40,31 @@ def chain(options: Options) -> Table:
     forward and backward. chain: what each segment leaves and the next ones read, alone. Asked of
     fam: at most 5 % of the layer. The same layer with its window alone stands beside it.
     """
-    yield ["memory", "segment", "segments", "layer, ms", "chain, ms", "chain / layer (asked 0.05)",
-           "window alone, ms"]  # fmt: skip
+    yield ["memory", "segment", "segments", "compiled", "window alone, ms", "layer, ms",
+           "chain, ms", "chain / layer (asked 0.05)"]  # fmt: skip
     sizes = (1, *TOY[1:]) if options.tiny else EIGHT_B
     tokens = 256 if options.tiny else 32768
-    for length in (64, 128) if options.tiny else (2048, 8192):
-        count = tokens // length
-        plain, _ = layer_and_chain(sizes, WindowMemory(1), length, count)
-        alone = times(plain, options.rounds)
-        for name, memory in CHAINS.items():
-            layer, part = layer_and_chain(sizes, memory, length, count)
-            took = [times(run, options.rounds) for run in (layer, part)]
-            share = took[1].median / took[0].median
-            yield [name, f"{length:,}", str(count), *(each.ms for each in took), f"{share:.3f}",
-                   alone.ms]  # fmt: skip
-            del layer, part
-            forget()
+    for compiled in (False,) if DEVICE.type == "cpu" else (True, False):
+        use_compiled(compiled)
+        for length in (64, 128) if options.tiny else (2048, 8192):
+            for name, memory in CHAINS.items():
+                kind = [name, f"{length:,}", str(tokens // length), "yes" if compiled else "no"]
+                yield attempt(
+                    kind,
+                    functools.partial(
+                        share_of_chain, sizes, memory, length, tokens // length, options.rounds
+                    ),
+                )
+                forget()
+    use_compiled(False)
+
+
+def share_of_chain(sizes: Sizes, memory: MemoryConfig, length: int, count: int, rounds: int) -> Row:
+    """Return the cells of `chain`."""
+    plain, _ = layer_and_chain(sizes, WindowMemory(1), length, count)
+    runs = (plain, *layer_and_chain(sizes, memory, length, count))
+    took = [times(run, rounds) for run in runs]
+    return [*(each.ms for each in took), f"{took[2].median / took[1].median:.3f}"]
 
 
 def layer_and_chain(sizes: Sizes, memory: MemoryConfig, length: int, count: int) -> tuple[Run, Run]:
@@ -115,7 +125,8 @@ def diagonals(options: Options) -> Table:
         starts = torch.zeros(1, count, dtype=torch.bool, device=DEVICE)
         for name, run in (("read", Decoder.read), ("trained", train_once)):
             runs = [functools.partial(run, model, tokens, starts) for model in models]
-            yield [f"{length:,}", str(count), name, *rates(runs, tokens.numel(), options.rounds)]
+            make = functools.partial(rates, runs, tokens.numel(), options.rounds)
+            yield attempt([f"{length:,}", str(count), name], make)
 
 
 def rates(runs: list[Run], tokens: int, rounds: int) -> Row:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -50,9 +52,33 @@ class Times(NamedTuple):
         return f"{1e3 * self.median:.2f} ({self.spread:.0%})"
 
 
+class Failed(str):
+    """What a row says in the place of numbers that could not be taken."""
+
+
 Row = list[str | Error]
 Table = Iterator[Row]
 """The header, then the rows."""
+
+
+def attempt(kind: list[str], make: Callable[[], Row]) -> Row:
+    """Return the row that make returns behind `kind`; where it raises, one that says so.
+
+    Raises what is no matter of this row: a module that is missing, a device that answers no more.
+    """
+    try:
+        return [*kind, *make()]
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        print(f"{', '.join(kind)}:", file=sys.stderr)
+        traceback.print_exc()
+        if DEVICE.type == "cuda":  # a failed capture leaves its stream behind
+            torch.cuda.set_stream(torch.cuda.default_stream())
+        wait()
+        forget()
+        first = (str(error).splitlines() or [""])[0]
+        return [*kind, Failed(f"failed: {type(error).__name__}: {first[:120]}")]
 
 
 def times(run: Callable[[], object], rounds: int) -> Times:
@@ -85,6 +111,11 @@ def forget() -> None:
 def peak_gib() -> float:
     """Return the most that tensors held since `forget`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
+
+
+def reserved_gib() -> float:
+    """Return the most that torch took from the device for them, holes and all; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved() / 2**30 if DEVICE.type == "cuda" else 0.0
 
 
 def difference(own: Tensor, other: Tensor) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from datetime import timedelta
@@ -10,7 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.measure import DEVICE, Options, Row, Table, forget, peak_gib, times
+from benchmarks.gpu.measure import (
+    DEVICE,
+    Failed,
+    Options,
+    Row,
+    Table,
+    attempt,
+    forget,
+    peak_gib,
+    reserved_gib,
+    times,
+)
 from data.streams import Batch
 from model.config import ModelConfig
 from parallel.mesh import build_mesh, start_processes
@@ -37,6 +50,7 @@ SEGMENT = 2048
 MOST, FEWEST = 32, 4
 """Layers: an 8B model's, and those from which on nothing more is recomputed to fit more."""
 
+TOO_LARGE = Failed("out of memory")
 ROOM = 0.92
 """Of the free memory, for what the plan says: it has not been held against a GPU yet."""
 
@@ -59,9 +73,21 @@ class Case(NamedTuple):
     tiny: bool
 
     @property
+    def kind(self) -> list[str]:
+        """The first cells of its row."""
+        way = ", ".join(f"{key} {value}" for key, value in self.way.items())
+        return [self.memory, f"{self.length:,}", str(self.lanes), str(self.layers),
+                self.kernels, way]  # fmt: skip
+
+    @property
     def lanes(self) -> int:
         """Samples of a step."""
         return 1 if self.tiny else max(1, TOKENS // self.length)
+
+    @property
+    def loss_chunk(self) -> int:
+        """Rows: few where logits are held in float32, many where a kernel reads them once."""
+        return 1024 if self.kernels == "eager" else min(self.length, 8192)
 
     def config(self) -> Config:
         """Return the run of one rank: one sample in each forward pass."""
@@ -77,7 +103,7 @@ class Case(NamedTuple):
                 "train": {
                     "steps": 1000, "batch_size": self.lanes, "micro_batch": 1, "lr": 1e-4,
                     "precision": "bf16", "schedule": "constant", "warmup_steps": 0,
-                    "loss_chunk": 1024, "fp8": self.kernels == "fp8",
+                    "loss_chunk": self.loss_chunk, "fp8": self.kernels == "fp8",
                     # a CPU takes minutes for it
                     "compile": self.kernels != "eager" and DEVICE.type == "cuda", **self.way,
                 },
@@ -114,15 +140,29 @@ def step_128k(options: Options) -> Table:
 def steps(options: Options, length: int, others: Items[str] = ()) -> Table:
     """Yield a row for each memory, compiled; then the same otherwise: in FP8 too, or eager."""
     yield ["memory", "tokens a sample", "samples", "layers", "kernels", "recomputed", "step, s",
-           "tokens/s", "MFU (planned)", "head's share", "GiB (planned)"]  # fmt: skip
+           "tokens/s", "MFU (planned)", "head's share", "GiB, reserved (planned)",
+           "loss"]  # fmt: skip
     start_processes(timedelta(minutes=10))
     free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else 0
     layers, way = fitting(length, free, options.tiny)
     for kernels in ["compiled", *others]:
         for memory in MEMORIES:
-            gc.collect()  # the row before: its engine and its optimizer know each other
-            forget()
-            yield measured(Case(memory, length, layers, way, kernels, options.tiny), options.rounds)
+            case = Case(memory, length, layers, way, kernels, options.tiny)
+            clear()
+            row = attempt(case.kind, functools.partial(measured, case, options.rounds))
+            if row[-1] == TOO_LARGE and layers > 1:  # the plan was wrong: once more, with fewer
+                yield row
+                layers = layers * 3 // 4
+                case = case._replace(layers=layers)
+                clear()
+                row = attempt(case.kind, functools.partial(measured, case, options.rounds))
+            yield row
+
+
+def clear() -> None:
+    """Forget the row before: its engine and its optimizer know each other."""
+    gc.collect()
+    forget()
 
 
 def fitting(length: int, free: int, tiny: bool) -> tuple[int, dict[str, Any]]:
@@ -145,27 +185,30 @@ def fits(length: int, way: dict[str, Any], free: int) -> Iterator[int]:
 
 
 def measured(case: Case, rounds: int) -> Row:
-    """Return a row; of a step that does not fit, one that says so."""
+    """Return a row's cells; of a step that does not fit, one that says so."""
     config, plan = case.config(), case.plan()
     model = to_model_config(config, 0)
     flops = training_flops_per_token(model, config.data.segment_len)
     head = 6.0 * model.hidden_size * model.vocab_size / flops
-    way = ", ".join(f"{key} {value}" for key, value in case.way.items())
-    kind = [case.memory, f"{case.length:,}", str(case.lanes), str(case.layers),
-            case.kernels, way]  # fmt: skip
     planned = f"{plan.memory.total / 2**30:.1f}"
     try:
-        step_s = step_seconds(config, model, rounds)
+        step_s, loss = step_seconds(config, model, rounds)
     except torch.OutOfMemoryError:
-        return [*kind, "out of memory", "", f"({plan.mfu:.1%})", f"{head:.1%}", f"({planned})"]
+        return [TOO_LARGE]
     tokens_per_s = case.lanes * case.length / step_s
     share = mfu(tokens_per_s, flops, peak_flops(DEVICE, "bf16"), 1)
-    return [*kind, f"{step_s:.2f}", f"{tokens_per_s:,.0f}", f"{share:.1%} ({plan.mfu:.1%})",
-            f"{head:.1%}", f"{peak_gib():.1f} ({planned})"]  # fmt: skip
+    return [f"{step_s:.2f}", f"{tokens_per_s:,.0f}", f"{share:.1%} ({plan.mfu:.1%})",
+            f"{head:.1%}", f"{peak_gib():.1f}, {reserved_gib():.1f} ({planned})",
+            f"{loss:.4f}"]  # fmt: skip
 
 
-def step_seconds(config: Config, model: ModelConfig, rounds: int) -> float:
-    """Return the seconds of a step as `longhaul pretrain` does it, without reading data."""
+def step_seconds(config: Config, model: ModelConfig, rounds: int) -> tuple[float, float]:
+    """Return the seconds of a step as `longhaul pretrain` does it, without reading data.
+
+    And the first step's loss: that of the same weights and tokens for all kernels. Raises
+    RuntimeError where a loss or gradient is not finite: the optimizer then does nothing.
+    """
+    torch.manual_seed(0)
     mesh = build_mesh(tp=1, cp=1)
     built, state = build(config, model, mesh), TrainState()
     size = config.data.segment_len
@@ -179,8 +222,13 @@ def step_seconds(config: Config, model: ModelConfig, rounds: int) -> float:
 
     batches = [sample() for _ in range(config.train.batch_size)]
 
+    losses: list[float] = []
+
     def run() -> None:
         state.memory.clear()  # each sample a document of its own
-        next(train_steps(config, built, mesh, state, [batches]))
+        result = next(train_steps(config, built, mesh, state, [batches]))
+        if result.grad_norm is None or not math.isfinite(result.loss):
+            raise RuntimeError(f"a step is not finite: {result}")
+        losses.append(result.loss)
 
-    return times(run, rounds).median
+    return times(run, rounds).median, losses[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.gpu.measure import (
     Options,
     Row,
     Table,
+    attempt,
     difference,
     forget,
     peak_gib,
@@ -20,7 +22,7 @@ from benchmarks.gpu.measure import (
 )
 from benchmarks.gpu.models import MIDDLE, TOY, document, on_device, shape
 from benchmarks.gpu.tolerances import GRAPHS
-from benchmarks.length import MEMORIES
+from benchmarks.length import MEMORIES, rewind
 from model.config import MemoryConfig, NoMemory
 from model.decoder import Decoder
 from model.memory.base import Carried, map_tensors
@@ -46,21 +48,26 @@ def streaming(options: Options) -> Table:
     yield ["memory", *header, "last time / first"]
     chunk = 64 if options.tiny else 2048
     for name, memory in {**MEMORIES, "none, all keys": NoMemory()}.items():
-        model = on_device(shape(TOY if options.tiny else MIDDLE, memory))
-        if isinstance(memory, NoMemory):
-            behind = (behind_keys(model, length, chunk) for length in lengths)
-        else:
-            behind = behind_state(model, memory, lengths, chunk)
-        cells, took = [], []
-        for run in behind:
-            forget()
-            each = times(run, options.rounds)
-            took.append(each.median)
-            cells += [f"{chunk / each.median:,.0f} ({each.spread:.0%})", f"{peak_gib():.3f}"]
-            del run
-        yield [name, *cells, f"{took[-1] / took[0]:.2f}"]
-        del model, behind
+        yield attempt([name], functools.partial(stream_lengths, memory, lengths, chunk, options))
         forget()
+
+
+def stream_lengths(memory: MemoryConfig, lengths: list[int], chunk: int, options: Options) -> Row:
+    """Return a memory's cells of `streaming`."""
+    model = on_device(shape(TOY if options.tiny else MIDDLE, memory))
+    if isinstance(memory, NoMemory):
+        behind = (behind_keys(model, length, chunk) for length in lengths)
+    else:
+        behind = behind_state(model, memory, lengths, chunk)
+    cells: Row = []
+    took = []
+    for run in behind:
+        forget()
+        each = times(run, options.rounds)
+        took.append(each.median)
+        cells += [f"{chunk / each.median:,.0f} ({each.spread:.0%})", f"{peak_gib():.3f}"]
+        del run
+    return [*cells, f"{took[-1] / took[0]:.2f}"]
 
 
 def behind_state(
@@ -77,7 +84,13 @@ def behind_state(
             state = model.read(batch.tokens.to(DEVICE), starts.to(DEVICE), state)
             done += count * chunk
         tokens = document(memory, 1, chunk).tokens.to(DEVICE)
-        yield lambda known=state, tokens=tokens: next_chunk(model, tokens, known)
+
+        def run(known: Carried | None = state, tokens: Tensor = tokens) -> None:
+            assert known is not None
+            rewind(known)
+            next_chunk(model, tokens, known)
+
+        yield run
 
 
 @torch.no_grad()
@@ -124,7 +137,8 @@ def graphs(options: Options) -> Table:
         if isinstance(model.memory, InTurn) or name == "landmark":
             continue  # rows go through the stack segment by segment; a store that grows
         for chunk in (64,) if options.tiny else (512, 2048):
-            yield [name, f"{chunk:,}", *compare(model, memory, chunk, options.rounds)]
+            make = functools.partial(compare, model, memory, chunk, options.rounds)
+            yield attempt([name, f"{chunk:,}"], make)
 
 
 def compare(model: Decoder, memory: MemoryConfig, chunk: int, rounds: int) -> Row:
@@ -132,10 +146,7 @@ def compare(model: Decoder, memory: MemoryConfig, chunk: int, rounds: int) -> Ro
     batches = [document(memory, 1, chunk).tokens.to(DEVICE) for _ in range(5)]
     starts = torch.zeros(1, 1, dtype=torch.bool, device=DEVICE)
     begun = model.read(torch.cat(batches[:2], 1), starts.expand(1, 2), None)
-    try:
-        tokens, state, logits, replay = captured(model, batches[0], begun)
-    except RuntimeError as error:
-        return ["", f"not captured: {str(error).splitlines()[0][:80]}", "", ""]
+    tokens, state, logits, replay = captured(model, batches[0], begun)
     known = begun
     for batch in batches[2:]:
         tokens.copy_(batch)

@@ -201,3 +201,14 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"8\.9 or later, and NVIDIA A100-SXM4-80GB has 8\.0"):
         check_float8(torch.device("cuda"))
     check_float8(torch.device("cpu"))
+
+
+def test_a_torch_without_the_product_on_a_cpu_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = random(37, 64), random(48, 64, seed=1)
+    expected = float8.rounded_product(a, b)
+    monkeypatch.setattr(float8, "_multiplies_on_cpu", lambda: False)
+    found = float8.rounded_product(a, b)
+    assert found.dtype == torch.bfloat16
+    assert relative(found, expected) < 1e-3

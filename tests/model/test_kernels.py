@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import kernels
 from model.kernels import Blockwise, CpuFlash, choose_kernel
 from tests.compare import relative
 from tests.model.dense import attend
@@ -153,3 +154,13 @@ def test_blockwise_never_holds_all_scores(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_cpu_gets_the_fused_kernel() -> None:
     assert isinstance(choose_kernel(torch.zeros(1)), CpuFlash)
+
+
+def test_rows_that_begin_between_16_bytes_are_copied_for_a_gpu() -> None:
+    x = torch.zeros(1, 4, 6, 24, dtype=torch.bfloat16)
+    for whole in (x, x[..., 8:16], x[:, :, 1:], x.transpose(1, 2)):
+        assert kernels._aligned(whole) is whole
+    for between in (x[..., 4:12], torch.zeros(1, 4, 6, 12, dtype=torch.bfloat16)[..., :8]):
+        copied = kernels._aligned(between)
+        assert copied.is_contiguous() and torch.equal(copied, between)
+        assert copied.data_ptr() != between.data_ptr()
