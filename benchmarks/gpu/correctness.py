@@ -31,7 +31,8 @@ from model.decoder import Decoder
 from model.float8 import float8_product
 from model.init import initialise
 from model.kernels import Blockwise, choose_kernel
-from model.memory.grouped import GroupedSoftmax, choose_grouped
+from model.memory.grouped import choose_grouped
+from model.memory.grouped_softmax import GroupedSoftmax
 
 HOST = torch.device("cpu")
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.memory.grouped import GroupedSoftmax
+from model.memory.grouped_softmax import GroupedSoftmax
 
 ROWS = 64
 """Query rows of a program."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from model.attention import merge
 from model.kernels import Kernel
-from model.memory import grouped as module
-from model.memory.grouped import GroupedSoftmax, grouped
+from model.memory import grouped_softmax as module
+from model.memory.grouped import grouped
+from model.memory.grouped_softmax import GroupedSoftmax
 from tests.compare import relative
 
 EXACT = 1e-10

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.memory.grouped import GroupedSoftmax, choose_grouped
+from model.memory.grouped import choose_grouped
+from model.memory.grouped_softmax import GroupedSoftmax
 from tests.model.triton_twin import CASES
 
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3}

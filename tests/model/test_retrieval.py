@@ -12,7 +12,8 @@ from model.attention import merge
 from model.memory import retrieval as module
 from model.memory.base import detach, map_tensors
 from model.memory.block_store import BlockStore, append, empty_store, forget
-from model.memory.grouped import GroupedSoftmax, grouped
+from model.memory.grouped import grouped
+from model.memory.grouped_softmax import GroupedSoftmax
 from model.memory.retrieval import (
     Granularity,
     Retrieved,

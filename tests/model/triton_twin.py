@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from model.memory.grouped import GroupedSoftmax
+from model.memory.grouped_softmax import GroupedSoftmax
 from tests.compare import relative
 
 CASES: dict[str, tuple[int, int, int, tuple[int, int], bool, int, str]] = {
