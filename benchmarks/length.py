@@ -6,7 +6,7 @@
 segments of 512. One document is read chunk by chunk; what it left is kept at each length of the
 table. From there, in alternation: the next chunk of 512 tokens with the logits of its last
 (streaming), and a training window of 4 segments, forward and backward. CPU seconds, medians; and
-the process's peak memory while it does the one and the other.
+the process's peak memory while it does the one and the other. The heap is settled as in a run.
 
 Beside them transformers' LlamaForCausalLM of the same shape, the next chunk with a key-value cache
 of that length (of random numbers), one length after the other.
@@ -48,6 +48,7 @@ from model.init import initialise
 from model.interfaces import Sequence
 from model.memory.base import Carried, detach, map_tensors
 from model.memory.block_store import BlockStore
+from parallel.heap import settle_heap
 
 SEGMENT, WINDOW, VOCAB = 512, 4, 2048
 LAYERS, WIDTH, HEADS, KEY_HEADS, FFN = 4, 256, 4, 2, 704
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--alone", choices=[*MEMORIES, PEER], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    settle_heap()
     torch.set_num_threads(1)
     lengths = [length for length in LENGTHS if length <= options.tokens]
     if options.alone:

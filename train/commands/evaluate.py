@@ -94,8 +94,10 @@ def evaluate(
     """  # noqa: D301
     limit = None if tokens is None else token_option("--tokens", tokens)
     distances = [token_option("--lengths", text) for text in _listed(lengths)]
+    from parallel.heap import settle_heap
     from train.quiet import quieten_libraries
 
+    settle_heap()
     quieten_libraries()
     from train.evaluation.evaluate import Tasks, run
 

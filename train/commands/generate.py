@@ -66,8 +66,10 @@ def generate(
       cat *.py | longhaul generate runs/quickstart --top-p 0.9 --stop 'def '
       torchrun --no-python --nproc-per-node 4 longhaul generate runs/plain --prompt book.txt
     """  # noqa: D301
+    from parallel.heap import settle_heap
     from train.quiet import quieten_libraries
 
+    settle_heap()
     quieten_libraries()
     from model.sampling import Sampling
     from train.generation.generate import run
