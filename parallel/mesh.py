@@ -85,7 +85,9 @@ def why_on_cpu() -> str | None:
     ranks, seen = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if seen:
         return None if seen >= ranks else f"{ranks} ranks, and torch sees {seen} GPUs here"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _DRIVER.exists():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    not_asked_for = "SLURM_JOB_ID" in os.environ and "SLURM_GPUS_ON_NODE" not in os.environ
+    if hidden or not_asked_for or not _DRIVER.exists():
         return None
     built = "is built without CUDA" if torch.version.cuda is None else "sees none of them"
     return f"torch {torch.__version__} {built}"

@@ -71,6 +71,12 @@ job_field() {
   scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oP "(?<= $1=)\S+" || true
 }
 
+# The numbers of this user's jobs that have nodes now, as one line with commas. Asked here and not in
+# a container, which need not know SLURM.
+running_jobs() {
+  squeue --me --noheader --format=%A --states=RUNNING,SUSPENDED,STOPPED,COMPLETING | commas || true
+}
+
 # Rank 0's address: NodeAddr, because a node's name need not resolve on the other nodes.
 head_address() {
   scontrol show node --oneliner "$1" | grep -oP 'NodeAddr=\K\S+'
@@ -236,6 +242,7 @@ run_until_done() {
   fi
   export LEAD_S ATTEMPT_FOLDER="$RUN_DIR/attempt"
   ATTEMPT=$(here python -m train.cluster.job begin "$RUN_DIR" --lead "$LEAD_S" \
+    --running "$(running_jobs)" \
     --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | commas)")
   export ATTEMPT
   echo "== attempt $ATTEMPT of $RUN_DIR"

@@ -4,12 +4,12 @@
                              [--rounds 5] [--tiny]
 
 Each part is a process of its own with its own limit of seconds, and adds each row to OUTPUT/gpu.md
-when it has it: a row that fails costs no other row, a part that is killed no other part and none of
-its rows so far. Warnings and tracebacks are in OUTPUT/stderr.log. Fails where a row or part did, or
-where an error is above its tolerance (gpu.tolerances). One GPU, of any size;
-what does not fit is a row that says so. Times are medians of rounds between two synchronisations
-after two that are not counted, with the rounds' spread. `--tiny` runs the same code on toy sizes,
-on a CPU too: it shows that the command works, and no time of it means anything.
+when it has it: a row that fails costs no other one whose model and twin there are, a part that is
+killed no other part and none of its rows so far. Warnings and tracebacks are in OUTPUT/stderr.log.
+Fails where a row or part did, or where an error is above its tolerance (gpu.tolerances). One GPU,
+of any size; what does not fit is a row that says so. Times are medians of rounds between two
+synchronisations after two that are not counted, with the rounds' spread. `--tiny` runs the same
+code on toy sizes, on a CPU too: it shows that the command works, and no time of it means anything.
 
 All but `step` needs torch and numpy alone (on a GPU triton, which torch brings). For `step` on a
 machine without network, bring the wheels of what else it imports, of the versions that

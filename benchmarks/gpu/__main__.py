@@ -131,6 +131,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     report = options.output / "gpu.md"
     report.write_text("# On one GPU\n", encoding="utf-8")
+    (options.output / "stderr.log").write_text("", encoding="utf-8")
     failed = {}
     for part in parts:
         began = time.monotonic()

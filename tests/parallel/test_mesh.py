@@ -76,10 +76,14 @@ def test_gpus_that_ranks_leave_idle_are_told(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert why_on_cpu() == said
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # of a job without GPUs
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert why_on_cpu() == (said if seen else None)
 
 
 def refusal(tp: int, cp: int) -> str:

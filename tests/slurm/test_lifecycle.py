@@ -101,7 +101,8 @@ def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(
         PREFLIGHT="no",
     )
     cluster.wait_for(second, "FAILED", timeout_s=120)
-    assert f"job {job.number} still trains in {tmp_path}" in (tmp_path / "second.out").read_text()
+    said = (tmp_path / "second.out").read_text()
+    assert f"job {job.number} has an attempt in {tmp_path} and still has nodes" in said
     job.warn()
     job.wait_for_restart(1)
     assert [(row["status"], row["reason"]) for row in job.ends] == [("stopped", "USR1")]

@@ -46,6 +46,7 @@ def test_a_missing_gpu_is_counted() -> None:
 
 
 def test_a_torch_without_the_jobs_gpus_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     assert check_torch(8).problem is None
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setattr("torch.version.cuda", None)

@@ -15,6 +15,7 @@ SCRIPT = """
 set -euo pipefail
 source slurm/lib.sh
 scontrol() { if [[ $2 == hostnames ]]; then echo node1; fi; }
+squeue() { tr , '\n' <<<"${RUNNING:-}"; }
 check_nodes() { :; }
 back_to_queue() { echo "REQUEUED without '$1'"; }
 launch() {
@@ -99,22 +100,16 @@ def test_a_fork_that_is_refused_touches_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "refused"),
-    [("JobState=RUNNING", True), ("JobState=COMPLETED", False), ("", False)],
+    ("running", "refused"), [("6", True), ("16,6,7", True), ("7", False), ("", False)]
 )
 def test_a_folder_in_which_another_job_trains_is_refused(
-    tmp_path: Path, state: str, refused: bool
+    tmp_path: Path, running: str, refused: bool
 ) -> None:
     begin(tmp_path / "run", job="6", nodes=["node2"], lost=[])
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "scontrol").write_text(f"#!/bin/sh\necho 'JobId=6 {state} Restarts=0'\n")
-    (programs / "scontrol").chmod(0o755)
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    second = attempt(tmp_path / "run", "hostname", PATH=path)
+    second = attempt(tmp_path / "run", "hostname", RUNNING=running)
     if refused:
         assert second.returncode == 2
-        assert f"job 6 still trains in {tmp_path}/run" in second.stderr
+        assert f"job 6 has an attempt in {tmp_path}/run and still has nodes" in second.stderr
         assert "scancel 6" in second.stderr
         assert len(rows(tmp_path / "run")) == 1, "its attempt is open yet"
     else:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("word", choices=("begin", "end"))
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--nodes", default="", help="those of the job, with commas")
+    parser.add_argument("--running", default="", help="jobs that have nodes now, with commas")
     parser.add_argument("--lead", type=float, help="seconds between the signal and the limit")
     parser.add_argument("--code", type=int, default=0, help="what the ranks ended with")
     parser.add_argument("--stopped-by", default="", help="the signal that the script heard")
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--without-done", action="store_true", help="the ranks write none")
     given = parser.parse_args()
     if given.word == "begin":
+        _refuse_if_used(given.run_dir, given.running.split(","))
         _begin(given.run_dir, given.nodes.split(","), given.lead)
     else:
         verdict = end(
@@ -49,14 +52,19 @@ def main() -> None:
         print(verdict.action, ",".join(verdict.exclude))
 
 
-def _begin(run_dir: Path, nodes: list[str], lead_s: float | None) -> None:
+def _refuse_if_used(run_dir: Path, running: Sequence[str]) -> None:
+    """Exit where the folder's open attempt is that of another job which is running."""
     row = open_attempt(run_dir)
-    if row is not None and row["job"] != _job() and _runs(row["job"]):
+    if row is not None and row["job"] != _job() and row["job"] in running:
         _say(
-            f"job {row['job']} still trains in {run_dir}; let it, or cancel it (scancel"
-            f" {row['job']}) and submit again; a run of its own needs another RUN_DIR"
+            f"job {row['job']} has an attempt in {run_dir} and still has nodes; let it, or cancel"
+            f" it (scancel {row['job']}), and submit again when squeue shows it no more; a run of"
+            " its own needs another RUN_DIR"
         )
         sys.exit(2)
+
+
+def _begin(run_dir: Path, nodes: list[str], lead_s: float | None) -> None:
     number = begin(run_dir, job=_job(), nodes=nodes, lost=_lost(run_dir))
     if lead_s is not None and (advice := advise(run_dir, lead_s)):
         _say(advice)
@@ -67,28 +75,17 @@ def _job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def _runs(job: str | None) -> bool:
-    """Return whether SLURM says that the job has nodes now; it soon forgets those that ended."""
-    found = re.search(r"\bJobState=(\w+)", _scontrol("job", job) if job else "")
-    return found is not None and found[1] in ("RUNNING", "SUSPENDED", "STOPPED", "COMPLETING")
-
-
 def _lost(run_dir: Path) -> list[str]:
     """Return the nodes of the attempt that has not ended which SLURM says went down meanwhile."""
     row = open_attempt(run_dir)
     if row is None:
         return []
-    text = _scontrol("node", ",".join(row["nodes"]))
-    return went_down(text, datetime.fromisoformat(row["started"]))
-
-
-def _scontrol(kind: str, name: str) -> str:
-    """Return `scontrol show`'s line of each; nothing, where it does not answer."""
-    command = ["scontrol", "show", kind, "--oneliner", name]
+    command = ["scontrol", "show", "node", "--oneliner", ",".join(row["nodes"])]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        text = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return []
+    return went_down(text, datetime.fromisoformat(row["started"]))
 
 
 def went_down(text: str, since: datetime) -> list[str]:
