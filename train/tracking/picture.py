@@ -186,8 +186,8 @@ def _plot_positions(axes: Axes, evaluation: Evaluation) -> None:
         loc="lower right",
         bbox_to_anchor=(1.0, 0.98),
         borderaxespad=0.0,
-        handlelength=1.6,
-        columnspacing=1.2,
+        handlelength=1.6 if len(by_condition) < 4 else 1.3,
+        columnspacing=1.2 if len(by_condition) < 4 else 0.7,
     )
 
 
