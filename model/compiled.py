@@ -60,8 +60,8 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
         # Dynamic: a kernel for each kind of call (types, dimensions, gradients) and not for each
         # shape, so that no result depends on which came first. Beyond torch's 8 kinds it would run
-        # the plain function. The setting holds for this thread alone since torch 2.12, and a GPU's
-        # backward has one of its own: there it is the function's.
+        # the plain function. In torch 2.13 the setting holds for this thread alone, and a GPU's
+        # backward has one of its own: there it is the function's. 2.11 has the setting only.
         dynamo.recompile_limit = max(dynamo.recompile_limit, _KINDS)
         own: dict[str, Any] = {"recompile_limit": _KINDS} if _LIMITED else {}
         return torch.compile(function, dynamic=True, **own)

@@ -168,9 +168,8 @@ class Decoder(nn.Module):
             after = Carried(layers, [])
         tied = self.embedding.weight if self.config.tie_embeddings else None
         if only is not None:
-            return self.logits(
-                self._in_order(x, tokens.shape)[:, -1:].select(2, only)[:, :, None]
-            ), after
+            last = self._in_order(x, tokens.shape)[:, -1:]
+            return self.logits(last.select(2, only).unsqueeze(2)), after
         if wanted is not None:
             places = torch.arange(tokens.numel(), device=x.device).view(tokens.shape)
             rows = self._as_rows(places).argsort()[wanted.flatten()]

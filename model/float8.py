@@ -82,7 +82,7 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _multiplies_on_cpu() -> bool:
-    """Return whether torch has this product for a CPU: since 2.12."""
+    """Return whether torch has this product for a CPU: 2.13 has, 2.11 has not."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
 
 

@@ -66,19 +66,20 @@ def fp8(options: Options) -> Table:
         if outlier:
             given[0][0] *= 2.0**12
         for on in (False, True):
-            use_compiled(on)
             kind = [f"{rows}{', outlier' * outlier}", "yes" if on else "no"]
-            yield attempt(kind, functools.partial(compare_fp8, given, outlier))
-    use_compiled(False)
+            yield attempt(kind, functools.partial(compare_fp8, given, outlier, on))
+            use_compiled(False)
 
 
-def compare_fp8(given: list[Tensor], outlier: bool) -> Row:
-    """Return the errors of a row of `fp8`."""
+def compare_fp8(given: list[Tensor], outlier: bool, compiled: bool) -> Row:
+    """Return the errors of a row of `fp8`; the host's twin is plain torch, without a compiler."""
     here = [x.to(DEVICE) for x in given]
-    own, plain = products(float8_product, here), products(functional.linear, here)
+    plain, host = products(functional.linear, here), products(float8_product, given)
+    use_compiled(compiled)
+    own = products(float8_product, here)
     return [
         Error(difference(mine[first:], theirs[first:]), limit)
-        for others, limit in ((plain, FP8), (products(float8_product, given), FP8_TWIN))
+        for others, limit in ((plain, FP8), (host, FP8_TWIN))
         for mine, theirs, first in zip(own, others, (outlier, outlier, 0), strict=True)
     ]
 
