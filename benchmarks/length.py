@@ -120,6 +120,7 @@ class Reader:
         """Go forward and backward through the next window of segments."""
         batch = self.batch(WINDOW, start=False)
         scale = torch.tensor(1 / (WINDOW * SEGMENT))
+        rewind(state)
         output = self.model(
             batch.tokens, batch.starts, detach(state), labels=batch.labels, scale=scale
         )

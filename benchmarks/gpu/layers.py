@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.measure import DEVICE, HALF, Options, Row, Table, attempt, forget, times
+from benchmarks.gpu.measure import (
+    DEVICE,
+    HALF,
+    Options,
+    Row,
+    Run,
+    Table,
+    as_graph,
+    attempt,
+    forget,
+    times,
+)
 from benchmarks.gpu.models import EIGHT_B, MIDDLE, TOY, VOCAB, Sizes, on_device, shape
 from model.compiled import use_compiled
 from model.config import (
@@ -30,7 +40,6 @@ CHAINS: dict[str, MemoryConfig] = {
     "abc": AbcMemory(64, 1),
     "infini": InfiniMemory(window=1),
 }
-Run = Callable[[], object]
 
 
 def chain(options: Options) -> Table:
@@ -38,10 +47,11 @@ def chain(options: Options) -> Table:
 
     One layer of the 8B shape, 64 slots and a window of one segment, 32,768 tokens of one document,
     forward and backward. chain: what each segment leaves and the next ones read, alone. Asked of
-    fam: at most 5 % of the layer. The same layer with its window alone stands beside it.
+    fam: at most 5 % of the layer. The same layer with its window alone stands beside it, and the
+    chain's forward and backward as one CUDA graph: what there is to gain by that.
     """
     yield ["memory", "segment", "segments", "compiled", "window alone, ms", "layer, ms",
-           "chain, ms", "chain / layer (asked 0.05)"]  # fmt: skip
+           "chain, ms", "chain / layer (asked 0.05)", "as a graph, ms"]  # fmt: skip
     sizes = (1, *TOY[1:]) if options.tiny else EIGHT_B
     tokens = 256 if options.tiny else 32768
     for compiled in (False,) if DEVICE.type == "cpu" else (True, False):
@@ -62,9 +72,11 @@ def chain(options: Options) -> Table:
 def share_of_chain(sizes: Sizes, memory: MemoryConfig, length: int, count: int, rounds: int) -> Row:
     """Return the cells of `chain`."""
     plain, _ = layer_and_chain(sizes, WindowMemory(1), length, count)
-    runs = (plain, *layer_and_chain(sizes, memory, length, count))
-    took = [times(run, rounds) for run in runs]
-    return [*(each.ms for each in took), f"{took[2].median / took[1].median:.3f}"]
+    layer, alone = layer_and_chain(sizes, memory, length, count)
+    took = [times(run, rounds) for run in (plain, layer, alone)]
+    share = f"{took[2].median / took[1].median:.3f}"
+    graph = attempt([], lambda: [times(as_graph(alone), rounds).ms])
+    return [*(each.ms for each in took), share, *graph]
 
 
 def layer_and_chain(sizes: Sizes, memory: MemoryConfig, length: int, count: int) -> tuple[Run, Run]:

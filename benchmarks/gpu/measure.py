@@ -56,6 +56,7 @@ class Failed(str):
     """What a row says in the place of numbers that could not be taken."""
 
 
+Run = Callable[[], object]
 Row = list[str | Error]
 Table = Iterator[Row]
 """The header, then the rows."""
@@ -81,7 +82,7 @@ def attempt(kind: list[str], make: Callable[[], Row]) -> Row:
         return [*kind, Failed(f"failed: {type(error).__name__}: {first[:120]}")]
 
 
-def times(run: Callable[[], object], rounds: int) -> Times:
+def times(run: Run, rounds: int) -> Times:
     """Return the seconds of a run on the device."""
     found = []
     for _ in range(UNCOUNTED + rounds):
@@ -93,6 +94,25 @@ def times(run: Callable[[], object], rounds: int) -> Times:
     counted = found[UNCOUNTED:]
     median = statistics.median(counted)
     return Times(median, (max(counted) - min(counted)) / median)
+
+
+def as_graph(run: Run) -> Run:
+    """Return what replays a run as one CUDA graph; on a CPU, which has none, the run itself.
+
+    What it reads and leaves lies still: a replay writes to the tensors of the captured run.
+    """
+    if DEVICE.type == "cpu":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries make their workspaces in their first calls on a stream
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        run()
+    return graph.replay
 
 
 def wait() -> None:

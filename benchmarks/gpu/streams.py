@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from benchmarks.gpu.measure import (
     Error,
     Options,
     Row,
+    Run,
     Table,
+    as_graph,
     attempt,
     difference,
     forget,
@@ -31,8 +33,6 @@ from model.stream import Incremental, empty
 
 AT_ONCE = 16
 """Segments of one call that reads on to the next length."""
-
-Chunk = Callable[[], object]
 
 
 def streaming(options: Options) -> Table:
@@ -72,7 +72,7 @@ def stream_lengths(memory: MemoryConfig, lengths: list[int], chunk: int, options
 
 def behind_state(
     model: Decoder, memory: MemoryConfig, lengths: list[int], chunk: int
-) -> Iterator[Chunk]:
+) -> Iterator[Run]:
     """Yield, for each length, what reads the next chunk behind so many tokens."""
     state: Carried | None = None
     done = 0
@@ -102,7 +102,7 @@ def next_chunk(model: Decoder, tokens: Tensor, state: Carried) -> Tensor:
 
 
 @torch.no_grad()
-def behind_keys(model: Decoder, length: int, chunk: int) -> Chunk:
+def behind_keys(model: Decoder, length: int, chunk: int) -> Run:
     """Return what reads the next chunk behind the keys of so many tokens, in one open segment."""
     starts = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
     segment_len = length + chunk
@@ -160,39 +160,22 @@ def compare(model: Decoder, memory: MemoryConfig, chunk: int, rounds: int) -> Ro
 
 
 @torch.no_grad()
-def captured(
-    model: Decoder, tokens: Tensor, state: Carried
-) -> tuple[Tensor, Carried, Tensor, Chunk]:
-    """Return tokens, state and logits that lie still, and what reads the one and moves the others.
-
-    On a CPU, which has no graphs, each replay computes anew.
-    """
+def captured(model: Decoder, tokens: Tensor, state: Carried) -> tuple[Tensor, Carried, Tensor, Run]:
+    """Return tokens, state and logits that lie still, and what reads the one and moves both."""
     tokens, still = tokens.clone(), map_tensors(Tensor.clone, state)
     starts = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=DEVICE)
     segments = model.segments(tokens, starts, fresh=False)  # RoPE's tables come from the host
+    logits = torch.empty_like(next_chunk(model, tokens, state))
 
     @torch.no_grad()
-    def run() -> Tensor:
+    def run() -> None:
         x, _, layers = model.through(model.embed(tokens), None, segments, still.layers)
-        logits = model.logits(x[-1:])
+        logits.copy_(model.logits(x[-1:]))
         overwrite(still, Carried(layers, []))
-        return logits
 
-    if DEVICE.type == "cpu":
-        logits = torch.empty_like(run())
-        overwrite(still, state)
-        return tokens, still, logits, lambda: logits.copy_(run())
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries make their workspaces in their first calls on a stream
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        logits = run()
+    replay = as_graph(run)
     overwrite(still, state)
-    return tokens, still, logits, graph.replay
+    return tokens, still, logits, replay
 
 
 def overwrite(state: Carried, other: Carried) -> None:

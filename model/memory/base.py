@@ -99,19 +99,35 @@ def detach(state: State) -> State:
     """Return the state cut off from the graph that made it, in storage of its own.
 
     The only cut there is: the training loop calls it between BPTT windows, no memory ever does.
+    A state that is more than tensors side by side has a `detach` of its own.
     """
-    return map_tensors(lambda tensor: tensor.detach().clone(), state)
+    return map_tensors(lambda tensor: tensor.detach().clone(), state, own="detach")
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """Return the state with function applied to every tensor of it, nested ones too."""
+def compact(state: State) -> State:
+    """Return the state without what it keeps for appending alone: to save it; views.
+
+    A state with such room has a `compact` of its own.
+    """
+    return map_tensors(lambda tensor: tensor, state, own="compact")
+
+
+def map_tensors(
+    function: Callable[[Tensor], Tensor], state: State, own: str | None = None
+) -> State:
+    """Return the state with function applied to every tensor of it, nested ones too.
+
+    own: the method that does instead for the states that have one of this name.
+    """
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, list):
-        return [map_tensors(function, part) for part in state]
+        return [map_tensors(function, part, own) for part in state]
     if isinstance(state, dict):
-        return {name: map_tensors(function, part) for name, part in state.items()}
-    return type(state)(*(map_tensors(function, part) for part in state))
+        return {name: map_tensors(function, part, own) for name, part in state.items()}
+    if own is not None and hasattr(state, own):
+        return getattr(state, own)()
+    return type(state)(*(map_tensors(function, part, own) for part in state))
 
 
 def named_tensors(state: State, prefix: str) -> dict[str, Tensor]:

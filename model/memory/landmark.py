@@ -26,7 +26,7 @@ from model.memory.block_store import BlockStore, append, empty_store, forget
 from model.memory.grouped import GroupedKernel
 from model.memory.layered import Layered
 from model.memory.mixer import LocalMixer, Mixer
-from model.memory.retrieval import Retrieved, retrieve
+from model.memory.retrieval import Retrieved, in_blocks, retrieve
 
 
 class StoresRead(NamedTuple):
@@ -74,7 +74,8 @@ class RetrievalPart(Part):
     ) -> BlockStore:
         """Put the segment that leaves the window into the store."""
         belongs = tokens.age[:, n] >= segments.window
-        return append(opened, tokens.raw_k[:, n], tokens.v[:, n], belongs=belongs)
+        k = in_blocks(tokens.raw_k[:, n], self.memory.block, segments.rope)
+        return append(opened, k, tokens.v[:, n], belongs=belongs)
 
     def chain(
         self,

@@ -15,7 +15,8 @@ What a layer does with segment n of its streams, the window being M segments:
     past = retrieve(q, store, top_k=k, places=M * S + positions, rope=rope)
     local = grouped piece(s) of window and segment, rotated from position 0 or any other on
     out, lse = merge(local, (past.out, past.lse))
-    store = append(store, k, v of the segment that leaves the window, belongs=age >= M)
+    k, v: of the segment that leaves the window, k not rotated
+    store = append(store, in_blocks(k, block, rope), v, belongs=age >= M)
 
 RoPE knows distances only, so local pieces need no shift: `places` says where queries stand from the
 first local position on, retrieval adds its slots before it.
@@ -40,12 +41,24 @@ head's softmax over landmarks; every head, by the best token of the call."""
 Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(cos, sin), each [*positions, K / 2], of integer positions of any shape."""
 
-ALL = slice(None)
-_SCORES = 2**26
-"""Landmark scores held at once: 256 MiB in float32."""
 
-_GATHERED = 2**24
-"""Numbers of keys held at once for rows that choose for themselves: 64 MiB, and of values too."""
+class _Limits(NamedTuple):
+    """Numbers held at once."""
+
+    scores: int  # of landmarks
+    read: int  # of what blocks say to queries
+    gathered: int  # of keys that are read; of values as many
+
+
+_CPU = _Limits(scores=2**22, read=2**26, gathered=2**20)
+_ELSEWHERE = _Limits(scores=2**26, read=2**26, gathered=2**24)
+"""A CPU's are what its caches hold; elsewhere each time more waits for the host once more."""
+
+_STRETCH = 64
+"""Scores of which the greatest is known before any is sorted."""
+
+_WIDEST = 256
+"""Queries that read a block together at most: less is copied of the block than of them."""
 
 
 _ROUNDING = {torch.float64: 2.0**-46, torch.float32: 2.0**-20, torch.float16: 2.0**-13,
@@ -63,7 +76,7 @@ def newest_of_best(scores: Tensor, count: int, slack: Tensor | float = 0.0) -> T
     """
     if scores.shape[-1] <= count:
         return _newest_of_ties(scores, count, slack)
-    values, places = scores.topk(count + 1, -1)
+    values, places = _greatest(scores, count + 1)
     # nan, which topk has first, and -inf are not apart from anything.
     apart = values[..., -2:-1] - values[..., -1:] > slack
     places = places[..., :-1].sort(-1).values
@@ -72,6 +85,26 @@ def newest_of_best(scores: Tensor, count: int, slack: Tensor | float = 0.0) -> T
         some = slack[tied] if isinstance(slack, Tensor) else slack
         places[tied] = _newest_of_ties(scores[tied], count, some)
     return places
+
+
+def _greatest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` greatest of scores [..., n] and their places, as topk does.
+
+    Of many by stretches: the greatest lie in the `count` stretches whose own greatest are. One
+    pass reads them all then, where topk sorts.
+    """
+    n = scores.shape[-1]
+    if n < 2 * count * _STRETCH:
+        return scores.topk(count, -1)
+    whole = n - n % _STRETCH
+    stretches = scores[..., :whole].unflatten(-1, (-1, _STRETCH))
+    best = stretches.amax(-1).topk(count, -1).indices
+    among = stretches.take_along_dim(best.unsqueeze(-1), -2).flatten(-2)
+    values, which = torch.cat((among, scores[..., whole:]), -1).topk(count, -1)
+    within = torch.arange(_STRETCH, device=best.device)
+    places = (best.unsqueeze(-1) * _STRETCH + within).flatten(-2)
+    rest = torch.arange(whole, n, device=best.device).expand(*best.shape[:-1], -1)
+    return values, torch.cat((places, rest), -1).take_along_dim(which, -1)
 
 
 def _newest_of_ties(scores: Tensor, count: int, slack: Tensor | float) -> Tensor:
@@ -94,6 +127,16 @@ class Retrieved(NamedTuple):
     blocks: Tensor  # [B, H or 1, S or 1, top_k] int64: numbers in the document, rising; -1: none
 
 
+def in_blocks(k: Tensor, block: int, rope: Rope) -> Tensor:
+    """Return keys [B, S, Hkv, K], not rotated, as a store keeps them: turned within their block.
+
+    Each by its place there, landmarks by block - 1. So queries turn to where a block is read, and
+    no key turns again.
+    """
+    cos, sin = (x.unsqueeze(-2) for x in rope(torch.arange(k.shape[1]) % block))
+    return rotate(k, cos, sin)
+
+
 def retrieve(
     q: Tensor,
     store: BlockStore,
@@ -112,15 +155,8 @@ def retrieve(
     queries = _Queries(q, store, top_k, places, rope)
     if not store.num_blocks:
         return queries.nothing()
-    shared = queries.choose_for_all() if granularity == "tokens" else None
-    found = []
-    for rows in queries.rows(gather=shared is None):
-        chosen = shared
-        if chosen is None:
-            chosen = queries.choose(rows, granularity == "heads")
-        found.append((*queries.read(rows, chosen), chosen))
-    out, lse, chosen = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
-    chosen = chosen if shared is None else shared
+    chosen = queries.choose(granularity)
+    out, lse = queries.read(chosen)
     numbers = chosen + store.origin.view(-1, 1, 1, 1)
     return Retrieved(out, lse, numbers.masked_fill(chosen < 0, -1))
 
@@ -138,7 +174,9 @@ class _Queries:
         self.block, self.count = store.block, store.num_blocks
         self.places = places + (top_k + 1) * store.block
         self.scale = q.shape[-1] ** -0.5
-        self.group = q.shape[2] // store.k.shape[2]
+        self.group = q.shape[2] // store.keys.shape[2]
+        self.limits = _CPU if q.device.type == "cpu" else _ELSEWHERE
+        self.live = store.live_blocks()
         self.num_hidden = int(store.first.max())  # the first blocks, from one stream at least
 
     def nothing(self) -> Retrieved:
@@ -147,31 +185,22 @@ class _Queries:
         blocks = torch.full((*lse.shape, self.top_k), -1, device=lse.device)
         return Retrieved(torch.zeros_like(self.q), lse, blocks)
 
-    def rows(self, gather: bool) -> Iterator[slice]:
-        """Yield rows, so few at a time that memory stays bounded."""
-        batch, heads, length, head_dim = self.q.shape
-        at_once = _SCORES // (batch * heads * max(self.count, self.top_k * self.block))
-        if gather:
-            read = batch * heads * self.top_k * (self.block - 1) * head_dim
-            at_once = min(at_once, _GATHERED // read)
-        at_once = max(at_once, 1)
+    def _rows(self, numbers: int, each: int) -> Iterator[slice]:
+        """Yield rows, so few at a time that there are no more numbers, `each` a head and row."""
+        batch, heads, length, _ = self.q.shape
+        at_once = max(numbers // (batch * heads * each), 1)
         for start in range(0, length, at_once):
             yield slice(start, min(start + at_once, length))
 
-    def rotated(self, rows: slice, back: int) -> Tensor:
-        """Return the queries [B, H, R, K] as they stand to keys rotated `back` too little."""
-        return rotate(self.q[:, :, rows], *self.rope(self.places[rows] - back))
-
-    @torch.no_grad()
     def scores(self, rows: slice) -> Tensor:
         """Return each row's score of every landmark [B, H, R, count]; -inf where hidden."""
         landmarks = self.store.landmarks[:, :, : self.count].to(self.q.dtype)
         recent = min(self.top_k, self.count)
-        # Old blocks stand at slot 0: the queries turn back instead of so many keys forward.
-        scores = self._against(self.rotated(rows, self.block - 1), landmarks)
+        q = rotate(self.q[:, :, rows], *self.rope(self.places[rows]))
+        scores = self._against(q, landmarks)  # old blocks stand at slot 0
         slots = torch.arange(self.top_k - recent + 1, self.top_k + 1)
-        turned = rotate(landmarks[:, :, -recent:], *self.rope((slots + 1) * self.block - 1))
-        scores[..., -recent:] = self._against(self.rotated(rows, 0), turned)
+        turned = rotate(landmarks[:, :, -recent:], *self.rope(slots * self.block))
+        scores[..., -recent:] = self._against(q, turned)
         return self._hide(scores)
 
     def _against(self, q: Tensor, keys: Tensor) -> Tensor:
@@ -187,30 +216,30 @@ class _Queries:
         some.masked_fill_(number < self.store.first.view(-1, 1, 1, 1), float("-inf"))
         return scores
 
-    def choose(self, rows: slice, by_best_head: bool) -> Tensor:
-        """Return the blocks that each row reads: [B, H or 1, R, top_k], see _best."""
-        scores, slack = self.scores(rows), self._slack(rows)
-        if by_best_head:
-            # Logarithms: a probability that underflows would tie with hidden blocks.
-            scores, slack = scores.log_softmax(-1).amax(1, True), slack.amax(1, True)
-        return self._best(scores, slack)
-
-    def choose_for_all(self) -> Tensor:
-        """Return the blocks that each head's rows read together: [B, H, 1, top_k]."""
-        best: Tensor | None = None
-        for rows in self.rows(gather=False):
-            here = self.scores(rows).log_softmax(-1).amax(2, keepdim=True)
-            best = here if best is None else torch.maximum(best, here)
-        assert best is not None
-        return self._best(best, self._slack(ALL).amax(2, True))
-
     @torch.no_grad()
-    def _slack(self, rows: slice) -> Tensor:
-        """Return how far rounding may part a row's scores of one key: [B, H, R, 1]."""
+    def choose(self, granularity: Granularity) -> Tensor:
+        """Return the blocks that are read: [B, H or 1, S or 1, top_k] by granularity, see _best."""
+        slack = self._slack()
+        found, best = [], None
+        for rows in self._rows(self.limits.scores, self.count):
+            scores, here = self.scores(rows), slack[:, :, rows]
+            if granularity == "token_and_head":
+                found.append(self._best(scores, here))
+                continue
+            scores = scores.log_softmax(-1)  # a probability that underflows would tie with hidden
+            if granularity == "heads":
+                found.append(self._best(scores.amax(1, True), here.amax(1, True)))
+                continue
+            scores = scores.amax(2, True)
+            best = scores if best is None else torch.maximum(best, scores)
+        return torch.cat(found, 2) if best is None else self._best(best, slack.amax(2, True))
+
+    def _slack(self) -> Tensor:
+        """Return how far rounding may part a row's scores of one key: [B, H, S, 1]."""
         landmarks = self.store.landmarks[:, :, : self.count]
         longest = landmarks.to(self.q.dtype).norm(dim=-1).amax(-1)  # [B, Hkv]
         longest = longest.repeat_interleave(self.group, 1)[:, :, None, None]
-        length = self.q[:, :, rows].norm(dim=-1, keepdim=True)
+        length = self.q.norm(dim=-1, keepdim=True)
         slack: Tensor = _ROUNDING[landmarks.dtype] * self.scale * length * longest
         return slack.nan_to_num(0.0)
 
@@ -222,36 +251,53 @@ class _Queries:
         number = torch.nn.functional.pad(number, (missing, 0), value=-1)
         return number.sort(-1).values
 
-    def read(self, rows: slice, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (out, lse) of rows over the chosen blocks [B, H or 1, R or 1, top_k]."""
-        heads = self.q.shape[1]
-        shared = chosen.shape[2] == 1
-        chosen = chosen.expand(-1, heads, -1, -1)
-        landmarks, keys, values = self._fetch(chosen)
-        q = self._at_slots(rows, chosen)
-        # [B, H, R, top_k, K, 1], or all rows against one set: [B, H, 1, top_k, K, R].
-        q = q.permute(0, 1, 3, 4, 2).unsqueeze(2) if shared else q.unsqueeze(-1)
-        q = q * self.scale
-        within = (keys @ q).softmax(-2)
-        said = values.mT @ within
-        gates = (landmarks.unsqueeze(-2) @ q).squeeze(-2)
-        gates = gates.masked_fill((chosen < 0).unsqueeze(-1), float("-inf"))
+    def read(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of all rows over the chosen blocks [B, H or 1, S or 1, top_k]."""
+        each = 3 * self.top_k * max(self.block, self.q.shape[-1])  # see _Tiles
+        alike = chosen.shape[2] == 1
+        found = [
+            self._read_rows(rows, chosen if alike else chosen[:, :, rows])
+            for rows in self._rows(self.limits.read, each)
+        ]
+        out, lse = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        return out, lse
+
+    def _read_rows(self, rows: slice, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        batch, heads, _, _ = self.q.shape
+        q = self._at_slots(rows, chosen.expand(batch, heads, -1, -1)) * self.scale
+        gates, said = self._read_each(q, chosen)
+        gates = gates.masked_fill(chosen < 0, float("-inf"))
         # A row without any block: a softmax over -inf alone is nan, and so is its gradient.
-        empty = (chosen < 0).all(-1).unsqueeze(-1)
-        gates = gates.masked_fill(empty.unsqueeze(-2), 0.0)
-        lse = gates.logsumexp(-2, keepdim=True)
-        out = (said * torch.exp(gates - lse).unsqueeze(-2)).sum(3)
-        out = out.masked_fill(empty.unsqueeze(-1), 0.0)
-        lse = lse.squeeze(-2).masked_fill(empty, float("-inf"))
-        if shared:
-            return out.squeeze(2).mT, lse.squeeze(2)
-        return out.squeeze(-1), lse.squeeze(-1)
+        empty = (chosen < 0).all(-1, keepdim=True)
+        gates = gates.masked_fill(empty, 0.0)
+        lse = gates.logsumexp(-1, keepdim=True)
+        out = (torch.exp(gates - lse).unsqueeze(-2) @ said).squeeze(-2)
+        lse = lse.masked_fill(empty, float("-inf")).squeeze(-1)
+        return out.masked_fill(empty, 0.0), lse
+
+    def _read_each(self, q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each query's score of its block's landmark, and what the block says to it.
+
+        q [B, H, R, top_k, K], scaled; chosen [B, H or 1, R or 1, top_k], any block where it is
+        -1. [B, H, R, top_k]; [B, H, R, top_k, K]. Queries of one block read it together, by tiles.
+        """
+        tiles = _Tiles.of(self._rows_of_store(chosen).expand(q.shape[:-1]))
+        together = tiles.gather(q.flatten(0, -2))
+        at_once = max(self.limits.gathered // (self.block * q.shape[-1]), 1)
+        gates, said = [], []
+        for some, number in zip(together.split(at_once), tiles.source.split(at_once), strict=True):
+            keys, values = self._fetch(number)
+            scores = some @ keys.mT
+            gates.append(scores[..., -1])
+            said.append(scores[..., :-1].softmax(-1) @ values[:, :-1])
+        gate, says = tiles.scatter(torch.cat(gates)), tiles.scatter(torch.cat(said))
+        return gate.view(q.shape[:-1]), says.view_as(q)
 
     def _at_slots(self, rows: slice, chosen: Tensor) -> Tensor:
         """Return rows as they stand to their chosen blocks' slots: [B, H, R, top_k, K].
 
-        A block at slot s and a query at p: the block's keys turn by their place in the block only,
-        the query by p - s * block. Only distances count, and the keys then serve every slot.
+        A block at slot s and a query at p: the query turns by p - s * block. Only distances count,
+        and the keys, turned by their place in the block, serve every slot.
         """
         recent = chosen >= self.count - self.top_k
         slots = torch.arange(self.top_k, device=chosen.device) + recent
@@ -259,26 +305,68 @@ class _Queries:
         everywhere = rotate(self.q[:, :, rows].unsqueeze(-2), *self.rope(away))
         return everywhere.take_along_dim(slots.unsqueeze(-1), -2)
 
-    def _fetch(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return landmark keys [..., K], keys and values [..., block - 1, K] of chosen blocks.
+    def _rows_of_store(self, chosen: Tensor) -> Tensor:
+        """Return where the chosen blocks lie among [B, C, Hkv]: [B, H, R or 1, top_k]."""
+        batch, heads = self.q.shape[:2]
+        room, kv_heads = self.store.keys.shape[1:3]
+        stream = torch.arange(batch, device=chosen.device).view(-1, 1, 1, 1)
+        head = torch.arange(heads, device=chosen.device).view(-1, 1, 1) // self.group
+        return (stream * room + chosen.clamp(min=0)) * kv_heads + head
 
-        chosen [B, H, R or 1, top_k]; its shape is the results' beginning. Keys are turned by their
-        place in the block. What several rows chose is moved to the queries' device once.
-        """
+    def _fetch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [t, block, K] of blocks; rows [t]: places among [B, C, Hkv]."""
         store, device, wide = self.store, self.q.device, self.q.dtype
-        batch, heads = chosen.shape[:2]
-        room, kv_heads = store.k.shape[1:3]
-        stream = torch.arange(batch, device=device).view(-1, 1, 1, 1)
-        head = torch.arange(heads, device=device).view(-1, 1, 1) // self.group
-        index = (stream * room + chosen.clamp(min=0)) * kv_heads + head
-        unique, where = torch.unique(index, return_inverse=True)
-        there = unique.to(store.k.device)
+        there = rows.to(store.keys.device)
         keys, values = (
-            x.flatten(0, 2).index_select(0, there).to(device, wide) for x in (store.k, store.v)
+            x.flatten(0, 2).index_select(0, there).to(device, wide)
+            for x in (store.keys, store.values)
         )
-        head, number = unique % kv_heads, unique // kv_heads
-        landmarks = store.landmarks[number // room, head, number % room].to(wide)
-        cos, sin = self.rope(torch.arange(self.block))
-        landmarks = rotate(landmarks, cos[-1], sin[-1])
-        keys = rotate(keys, cos[:-1], sin[:-1])
-        return landmarks[where], keys[where], values[where]
+        if self.live is not None:
+            k, v = self.live
+            which, here = self._among_live(rows, k.shape[1])
+            for x, own in ((keys, k), (values, v)):
+                x.index_copy_(0, which, own.flatten(0, 2).index_select(0, here).to(wide))
+        return keys, values
+
+    def _among_live(self, rows: Tensor, live: int) -> tuple[Tensor, Tensor]:
+        """Return which of rows are of the last `live` blocks, and where among [B, live, Hkv]."""
+        room, kv_heads = self.store.keys.shape[1:3]
+        number = rows // kv_heads % room - (self.count - live)
+        which = (number >= 0).nonzero().squeeze(-1)
+        stream, head = rows // kv_heads // room, rows % kv_heads
+        return which, ((stream * live + number) * kv_heads + head)[which]
+
+
+class _Tiles(NamedTuple):
+    """Pairs of a query and a block, laid out so that each tile of queries reads one block."""
+
+    source: Tensor  # [t]: the block of each tile, rising
+    place: Tensor  # [pairs]: where each pair lies among [t * width]
+    width: int
+
+    @staticmethod
+    def of(blocks: Tensor) -> _Tiles:
+        """Lay out pairs by their blocks, of any shape.
+
+        Tiles are as wide as the mean block has queries: less than 3 rows for each pair.
+        """
+        unique, which, counts = blocks.unique(return_inverse=True, return_counts=True)
+        which = which.flatten()
+        width = min(1 << (-(-len(which) // len(unique)) - 1).bit_length(), _WIDEST)
+        per_block = (counts + width - 1) // width
+        order = which.argsort()
+        # Pairs in order stand behind each other; tiles begin anew with each block.
+        ahead = (per_block * width).cumsum(0) - per_block * width - counts.cumsum(0) + counts
+        place = torch.empty_like(which)
+        place[order] = torch.arange(len(which), device=which.device) + ahead[which[order]]
+        return _Tiles(unique.repeat_interleave(per_block), place, width)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[pairs, K] -> [t, width, K], zeros where a tile has no pair."""
+        room = x.new_zeros(len(self.source) * self.width, x.shape[1])
+        return room.index_copy(0, self.place, x).view(-1, self.width, x.shape[1])
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[t, width, ...] -> [pairs, ...]; undoes `gather`."""
+        rows: Tensor = x.flatten(0, 1)
+        return rows.index_select(0, self.place)

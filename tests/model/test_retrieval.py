@@ -10,14 +10,18 @@ from torch import Tensor
 
 from model.attention import merge
 from model.memory import retrieval as module
-from model.memory.base import detach, map_tensors
+from model.memory.base import compact, detach, map_tensors
 from model.memory.block_store import BlockStore, append, empty_store, forget
 from model.memory.grouped import grouped
 from model.memory.grouped_softmax import GroupedSoftmax
 from model.memory.retrieval import (
     Granularity,
     Retrieved,
+    Rope,
+    _greatest,
+    _Limits,
     _newest_of_ties,
+    in_blocks,
     newest_of_best,
     retrieve,
 )
@@ -53,6 +57,11 @@ def store_of(k: Tensor, v: Tensor, **options: Any) -> BlockStore:
     return store
 
 
+def past_of(k: Tensor, v: Tensor, rope: Rope = ROPE) -> BlockStore:
+    """Return the store that queries read of k, not rotated, and v."""
+    return store_of(in_blocks(k, BLOCK, rope), v)
+
+
 def read(q: Tensor, store: BlockStore, top_k: int, **options: Any) -> Retrieved:
     places = options.pop("places", torch.arange(q.shape[1]))
     return retrieve(q, store, top_k=top_k, places=places, rope=ROPE, **options)
@@ -60,12 +69,12 @@ def read(q: Tensor, store: BlockStore, top_k: int, **options: Any) -> Retrieved:
 
 def content(store: BlockStore) -> list[Tensor]:
     n = store.num_blocks
-    return [store.landmarks[:, :, :n], store.k[:, :n], store.v[:, :n]]
+    return [store.landmarks[:, :, :n], store.keys[:, :n], store.values[:, :n]]
 
 
 def assert_holds(store: BlockStore, k: Tensor, v: Tensor) -> None:
     keys, values = (x.unflatten(1, (-1, BLOCK)).transpose(2, 3) for x in (k, v))
-    expected = [keys[..., -1, :].transpose(1, 2), keys[..., :-1, :], values[..., :-1, :]]
+    expected = [keys[..., -1, :].transpose(1, 2), keys, values]
     for own, other in zip(content(store), expected, strict=True):
         assert torch.equal(own, other)
 
@@ -133,7 +142,7 @@ def test_appending_copies_seldom() -> None:
     store, buffers = empty_store(2, KV_HEADS, BLOCK, LIKE), set()
     for _ in range(100):
         store = append(store, k, v)
-        buffers.add(store.k.data_ptr())
+        buffers.add(store.keys.data_ptr())
         kept = store  # keeps its buffer alive, so that no other gets its address
     assert kept.num_blocks == 100
     assert len(buffers) <= 7
@@ -148,7 +157,7 @@ def test_blocks_that_no_row_can_read_are_dropped() -> None:
         part = slice(i * BLOCK, (i + 1) * BLOCK)
         store = forget(store, torch.tensor([i % 3 == 0] * 2))
         store = append(store, keys[:, part], values[:, part])
-    assert store.k.shape[1] <= 2 * (3 + 1)
+    assert store.keys.shape[1] <= 2 * (3 + 1)
     found = read(q, store, 5)
     assert set(found.blocks.unique().tolist()) == {-1, 0, 1, 2}  # numbers of the document's own
     last = store_of(keys[:, -3 * BLOCK :], values[:, -3 * BLOCK :])
@@ -181,6 +190,41 @@ def test_a_detached_store_goes_on() -> None:
     assert_holds(append(store, k[:, 5 * BLOCK :], v[:, 5 * BLOCK :]), k, v)
 
 
+def test_training_copies_seldom_and_keeps_the_graph_of_its_window_alone() -> None:
+    """A pass computed again, as a checkpoint does, writes nothing; other keys are a fork's."""
+    _, k, v = (x.requires_grad_() for x in inputs(8 * BLOCK))
+    parts = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(8)]
+    store = store_of(*(x[:, : 5 * BLOCK].detach() for x in (k, v)))
+    buffer = store.keys.data_ptr()
+    for part in parts[5:7]:
+        longer = append(store, k[:, part], v[:, part])
+        again = append(store, k[:, part], v[:, part])
+        assert longer.keys.data_ptr() == again.keys.data_ptr() == buffer
+        fork = append(store, v[:, part], k[:, part])
+        assert fork.keys.data_ptr() != buffer
+        store = detach(again)
+        assert len(again.live) == len(longer.live) == 1
+        assert not store.live
+        assert not any(x.requires_grad for x in store[:-1])
+        assert_holds(again, k[:, : part.stop], v[:, : part.stop])
+    longer = append(append(store, k[:, parts[7]], v[:, parts[7]]), k[:, parts[0]], v[:, parts[0]])
+    q = random(2, 3, HEADS, HEAD_DIM)
+    dk, dv = torch.autograd.grad(read(q, longer, 9).out.sum(), (k, v))
+    for grad in (dk, dv):
+        reached = grad.unflatten(1, (-1, BLOCK)).abs().sum((0, 2, 3, 4)) > 0
+        assert reached.tolist() == [True, *[False] * 6, True]
+
+
+def test_a_compact_store_is_the_store_without_its_room() -> None:
+    _, k, v = inputs(6 * BLOCK)
+    store = store_of(k[:, : 5 * BLOCK], v[:, : 5 * BLOCK])
+    assert store.keys.shape[1] > 5
+    small = compact([store])[0]
+    assert small.keys.shape[1] == small.values.shape[1] == small.landmarks.shape[2] == 5
+    assert_holds(append(small, k[:, 5 * BLOCK :], v[:, 5 * BLOCK :]), k, v)
+    assert_holds(append(store, k[:, 5 * BLOCK :], v[:, 5 * BLOCK :]), k, v)
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -196,7 +240,7 @@ def test_all_blocks_are_the_full_grouped_softmax(past: int, granularity: Granula
     kernel = GroupedSoftmax(BLOCK)
     out, lse = kernel.forward(*turned, True)
     local = kernel.forward(*(x[:, :, here] for x in turned), True)
-    store = store_of(k[:, :before], v[:, :before])
+    store = past_of(k[:, :before], v[:, :before])
     found = read(q[:, here], store, 5, granularity=granularity)
     joined = merge(local, (found.out, found.lse))
     assert relative(joined[0], out[:, :, here]) < EXACT
@@ -253,10 +297,10 @@ def test_is_the_papers_retrieval(
 ) -> None:
     """few: rows one at a time, as for a long past."""
     if few:
-        monkeypatch.setattr(module, "_SCORES", 1)
+        monkeypatch.setattr(module, "_CPU", _Limits(1, 1, 1))
     q, _, _ = inputs(6)
     _, k, v = inputs(9 * BLOCK, seed=3)
-    found = read(q, store_of(k, v), top_k, granularity=granularity)
+    found = read(q, past_of(k, v), top_k, granularity=granularity)
     for b in range(2):
         out, lse, blocks = by_definition(q[b], k[b], v[b], top_k, granularity)
         chosen = found.blocks[b].transpose(0, 1).expand_as(blocks)
@@ -274,7 +318,7 @@ def test_the_gold_block_is_found(granularity: Granularity) -> None:
     turned = rotate(look, *ROPE(torch.tensor(BLOCK - 1 - 3 * BLOCK)))  # as seen from place 0
     k[:, gold * BLOCK + BLOCK - 1] = 20 * turned
     q[:, 0] = look
-    found = read(q[:, :1], store_of(k, v), 2, granularity=granularity)
+    found = read(q[:, :1], past_of(k, v), 2, granularity=granularity)
     assert (found.blocks == gold).any(-1).all()
 
 
@@ -285,7 +329,7 @@ def test_queries_stand_as_far_from_blocks_as_their_places_say(granularity: Granu
     before = past + window
     q, k, v = inputs(before + 3)
     places = window + torch.arange(3)
-    store = store_of(k[:, :past], v[:, :past])
+    store = past_of(k[:, :past], v[:, :past])
     found = read(q[:, before:], store, 3, places=places, granularity=granularity)
     cos, sin = (x.unsqueeze(-2) for x in ROPE(torch.arange(before + 3)))
     queries, keys, values = (
@@ -300,15 +344,23 @@ def test_queries_stand_as_far_from_blocks_as_their_places_say(granularity: Granu
 
 
 @EACH
-def test_gradients_reach_every_key_that_was_read(granularity: Granularity) -> None:
-    """Of the whole: the store is filled and read in one graph, as the definition is."""
+@pytest.mark.parametrize(("widest", "gathered"), [(256, 2**24), (256, 1), (3, 1), (1, 2**24)])
+def test_gradients_reach_every_key_that_was_read(
+    granularity: Granularity, widest: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole: the store is filled and read in one graph, as the definition is.
+
+    However many queries of a block are a tile, and however many tiles are read at once.
+    """
+    monkeypatch.setattr(module, "_WIDEST", widest)
+    monkeypatch.setattr(module, "_CPU", module._CPU._replace(gathered=gathered))
     q, _, _ = inputs(6)
     _, k, v = inputs(7 * BLOCK, seed=3)
     dout, dlse = random(6, HEADS, HEAD_DIM, seed=8), random(6, HEADS, seed=9)
     q, k, v = (x[:1].clone().requires_grad_() for x in (q, k, v))
     out, lse, _ = by_definition(q[0], k[0], v[0], 2, granularity)
     expected = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
-    found = read(q, store_of(k, v), 2, granularity=granularity)
+    found = read(q, past_of(k, v), 2, granularity=granularity)
     results = (found.out[0].transpose(0, 1), found.lse[0].transpose(0, 1))
     grads = torch.autograd.grad(results, (q, k, v), (dout, dlse))
     for own, other in zip(grads, expected, strict=True):
@@ -325,7 +377,7 @@ def test_gradients_of_local_and_past_pieces_are_the_whole_s() -> None:
     whole = grouped(*turned, BLOCK, True)[0][:, :, past:]
     expected = torch.autograd.grad(whole, (q, k, v), dout, retain_graph=True)
     local = grouped(*(x[:, :, past:] for x in turned), BLOCK, True)
-    found = read(q[:, past:], store_of(k[:, :past], v[:, :past]), 4)
+    found = read(q[:, past:], past_of(k[:, :past], v[:, :past]), 4)
     joined = merge(local, (found.out, found.lse))[0]
     for own, other in zip(torch.autograd.grad(joined, (q, k, v), dout), expected, strict=True):
         assert relative(own, other) < EXACT
@@ -333,11 +385,11 @@ def test_gradients_of_local_and_past_pieces_are_the_whole_s() -> None:
 
 def test_gradients_of_rows_without_a_past_are_numbers() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(2 * BLOCK))
-    store = forget(store_of(k, v), torch.tensor([True, False]))
+    store = forget(past_of(k, v), torch.tensor([True, False]))
     found = read(q, store, 2)
     local = grouped(*(x.transpose(1, 2) for x in (q, k, v)), BLOCK, True)
     past = (found.out, found.lse)
-    dq, dk, _ = torch.autograd.grad(merge(local, past)[0].sum(), (q, k, v))
+    dq, dk, _ = torch.autograd.grad(merge(local, past)[0].sum(), (q, k, v), retain_graph=True)
     assert dq.isfinite().all() and dk.isfinite().all()
     reads = torch.autograd.grad(read(q, store, 2).out.sum(), (q, k, v))
     for grad in reads:
@@ -374,7 +426,7 @@ def test_of_blocks_with_one_landmark_but_for_rounding_the_newest_are_read(
     k[:, BLOCK - 1 :: BLOCK] = landmarks * (1 + 1e-15 * random(*landmarks.shape))
     # Blocks 0 to 28 stand at one slot and tie; the last three, at slots of their own, score 0.
     k[:, 30 * BLOCK - 1 :: BLOCK] = 0.0
-    store = store_of(k, v)
+    store = past_of(k, v)
     rows = 1 if granularity == "tokens" else 8  # of several some row has more of the few last
     blocks = read(q[:, :rows], store, 3, granularity=granularity).blocks
     old = (blocks < 29).sum(-1)
@@ -396,13 +448,25 @@ def test_float32_is_close() -> None:
     """Every block is read, so that rounding changes no choice."""
     q, _, _ = inputs(6)
     _, k, v = inputs(5 * BLOCK, seed=3)
-    exact = read(q, store_of(k, v), 5)
+    exact = read(q, past_of(k, v), 5)
     narrow = partial(rope_tables, head_dim=HEAD_DIM, base=100.0, like=LIKE.float())
-    store = store_of(k.float(), v.float())
+    store = past_of(k.float(), v.float(), rope=narrow)
     found = retrieve(q.float(), store, top_k=5, places=torch.arange(6), rope=narrow)
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert relative(found.out, exact.out) < 5e-6
     assert relative(found.lse, exact.lse) < 5e-6
+
+
+@pytest.mark.parametrize("n", [1, 127, 255, 256, 257, 640, 1000])
+def test_the_greatest_by_stretches_are_the_greatest(n: int) -> None:
+    scores = random(2, 3, n)
+    for i, value in enumerate((math.nan, math.inf, -math.inf)):
+        scores[1, i, torch.arange(n) % 5 == 0] = value
+    for count in (1, 2, 5):
+        values, places = _greatest(scores, min(count, n))
+        assert torch.equal(values.nan_to_num(), scores.topk(min(count, n), -1).values.nan_to_num())
+        assert torch.equal(scores.take_along_dim(places, -1).nan_to_num(), values.nan_to_num())
+        assert all(len(set(row)) == len(row) for row in places.flatten(0, 1).tolist())
 
 
 @pytest.mark.parametrize("seed", range(40))

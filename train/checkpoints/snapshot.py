@@ -15,7 +15,7 @@ from torch import Tensor
 from data.documents import Documents
 from model.config import HmtMemory
 from model.decoder import Decoder
-from model.memory.base import Axes, Carried, named_axes, named_tensors
+from model.memory.base import Axes, Carried, compact, named_axes, named_tensors
 from parallel.mesh import Mesh
 from parallel.tensor import cut_of
 from train.build import Built, to_compute_config, to_model_config
@@ -34,7 +34,8 @@ def collect(built: Built, mesh: Mesh, state: TrainState, config: Config) -> dict
         for fragment in built.engine.fragments()
         for kind, values in fragment.values.items()
     }
-    for index, memory in state.memory.items():
+    for index, carried in state.memory.items():
+        memory = compact(carried)
         lane = lanes_of(config, mesh, index).start
         axes = named_axes(memory, "memory")
         tensors |= {
