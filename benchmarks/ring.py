@@ -1,6 +1,7 @@
 """Attention over the ranks of a ring beside one process: wall time of forward and backward.
 
     python -m benchmarks.ring [--cp 2] [--tokens 8192] [--precision fp32] [--rounds 5] [--compile]
+                              [--rows "ring, zigzag;ring-flash-attention"]
 
 8 query heads, 4 key heads of 64, one thread a process; aten's kernel, or with --compile that of
 `train.compile`. `one process` is the same kernel over the whole sequence while the other processes
@@ -107,6 +108,8 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
         for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     ]
     runs = ways(options.cp)
+    if options.rows:
+        runs = {name: runs[name] for name in (ONE, *options.rows.split(";"))}
     expected = runs[ONE].run(*whole)
     took: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(options.rounds + 1):
@@ -166,6 +169,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="as train.compile: true")
+    parser.add_argument("--rows", help="of the table, beside one process: NAME;NAME;...")
     start(measure, parser.parse_args())
 
 
