@@ -25,6 +25,7 @@ from parallel.tensor import sum_scattered_gradients
 from train.build import make_model, to_model_config
 from train.planning.memory import gib
 from train.planning.shapes import Shapes, shapes_of
+from train.planning.states import retrieving
 from train.planning.tracing import Held, Message, Trace
 from train.settings.config import Config
 
@@ -64,7 +65,13 @@ def dry_run(
     """Return the passes of some ranks of a world; None: those that differ most.
 
     The configuration must fit the world. No process group may be there, and none is afterwards.
+    Raises ValueError where what is computed hangs on values.
     """
+    for memory in retrieving(to_model_config(config, vocab_size).memory):
+        raise ValueError(
+            f"model.memory.retrieve={memory.retrieve}: which blocks are read hangs on keys, and a"
+            " dry run has none; model.memory.retrieve=0 counts all but the reads"
+        )
     shapes = shapes_of(config, world)
     if ranks is None:
         ranks = distinct_ranks(shapes)

@@ -10,6 +10,7 @@ from train.build import to_model_config
 from train.planning.cluster import Cluster
 from train.planning.memory import Memory, gib, memory_of
 from train.planning.shapes import Shapes, shapes_of
+from train.planning.states import retrieving
 from train.planning.timing import (
     StepTime,
     checkpoint_bytes,
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     save_s: float  # until a checkpoint is on disk
     stall_s: float  # of it, what training waits for
     checkpoint_bytes: float
+    not_counted: list[str]  # what else it takes that no configuration tells
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: bytes, seconds, tokens."""
@@ -61,6 +63,7 @@ class Plan(NamedTuple):
             "save_s": self.save_s,
             "stall_s": self.stall_s,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "not_counted": self.not_counted,
         }
 
     def describe(self) -> list[str]:
@@ -93,7 +96,7 @@ class Plan(NamedTuple):
             f"run: {self.days:.2f} days, {self.gpu_hours:,.0f} device-hours, goodput"
             f" {self.goodput:.1%}",
         ]
-        return lines
+        return lines + [f"not counted: {what}" for what in self.not_counted]
 
 
 def plan(
@@ -145,7 +148,22 @@ def plan_of(
         save_s=save_seconds(model, shapes, cluster),
         stall_s=save_stall(config, model, shapes, cluster),
         checkpoint_bytes=checkpoint_bytes(model),
+        not_counted=_not_counted(model, shapes),
     )
+
+
+def _not_counted(model: ModelConfig, shapes: Shapes) -> list[str]:
+    """Return what grows with documents, whose lengths only the data know."""
+    found = []
+    for memory in retrieving(model.memory):
+        layers = model.num_layers if memory.layers == "all" else 1
+        width = model.num_kv_heads * model.head_dim // shapes.tp
+        size = 2 * width * shapes.element * layers
+        found.append(
+            f"landmark's blocks, {size:,} bytes of host memory on each rank for each token of"
+            " each of its lanes' documents, twice that while they grow; what reading them takes"
+        )
+    return found
 
 
 def _goodput(config: Config, step_s: float, shapes: Shapes, cluster: Cluster) -> float:

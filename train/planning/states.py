@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.config import ComposedMemory, MemoryConfig, ModelConfig
+from model.config import ComposedMemory, LandmarkMemory, MemoryConfig, ModelConfig
 from model.memory.armt import ROLLS
 from train.planning.shapes import Shapes
 
@@ -12,6 +12,11 @@ WIDE = 4  # bytes of float32
 def parts_of(memory: MemoryConfig) -> list[MemoryConfig]:
     """Return the memories that one is made of."""
     return list(memory.parts) if isinstance(memory, ComposedMemory) else [memory]
+
+
+def retrieving(memory: MemoryConfig) -> list[LandmarkMemory]:
+    """Return the memories that go back to blocks: what they take grows with documents."""
+    return [part for part in parts_of(memory) if isinstance(part, LandmarkMemory) and part.retrieve]
 
 
 def layer_state(model: ModelConfig, shapes: Shapes) -> float:

@@ -117,6 +117,19 @@ def test_a_gpu_holds_no_scores_of_landmarks_that_its_kernel_takes(
     assert (gpu < host) is fused
 
 
+def test_a_plan_says_what_it_does_not_count() -> None:
+    """Keys and values of 4 heads of 64 in bfloat16: 1,024 bytes a token and layer."""
+    for layers, size in (("all", "2,048 bytes"), ("last", "1,024 bytes")):
+        memory = f"model.memory={{name: landmark, retrieve: 2, layers: {layers}}}"
+        made = plan(small(memory), load_cluster("h100"), 1, 8)
+        (said,) = made.not_counted
+        assert size in said
+        assert said in made.describe()[-1]
+        with pytest.raises(ValueError, match="retrieve=2: which blocks .* retrieve=0 counts all"):
+            dry_run(small(memory), WORLD, VOCAB, [0])
+    assert not plan(small("model.memory=landmark"), load_cluster("h100"), 1, 8).not_counted
+
+
 def operations(memory: str, segments: int, layers: int) -> int:
     config = small(
         f"model.memory={memory}",
