@@ -125,7 +125,7 @@ def test_a_plan_says_what_it_does_not_count() -> None:
         (said,) = made.not_counted
         assert size in said
         assert said in made.describe()[-1]
-        with pytest.raises(ValueError, match="retrieve=2: which blocks .* retrieve=0 counts all"):
+        with pytest.raises(ValueError, match="retrieve=2: which blocks .*retrieve=0 counts all"):
             dry_run(small(memory), WORLD, VOCAB, [0])
     assert not plan(small("model.memory=landmark"), load_cluster("h100"), 1, 8).not_counted
 
