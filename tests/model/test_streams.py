@@ -20,7 +20,7 @@ from model.config import (
     compose,
 )
 from model.memory import MEMORIES
-from model.memory.base import named_tensors
+from model.memory.base import compact, named_tensors
 from tests.model.small import VOCAB, build, config_of
 
 AT_ONCE, LENGTH = 200, 4
@@ -64,9 +64,7 @@ def stream(memory: MemoryConfig, segments: int) -> set[int]:
         with torch.no_grad():
             logits, state = model(tokens, starts, state)
         assert logits.isfinite().all()
-        for name, x in named_tensors(state, "").items():
-            if "/store/" in name:  # with room behind its end, which holds anything
-                continue
+        for name, x in named_tensors(compact(state), "").items():
             assert x.isfinite().all(), name  # weights of slots too: they have been written
         sizes.add(state_bytes(state))
     return sizes
@@ -77,8 +75,11 @@ def test_every_memory_is_here() -> None:
 
 
 @pytest.mark.parametrize("memory", IN_A_LAYER.values(), ids=IN_A_LAYER.keys())
-def test_10000_segments_stay_finite_in_a_state_of_one_size(memory: MemoryConfig) -> None:
-    assert len(stream(memory, 10_000)) == 1
+@pytest.mark.parametrize("segments", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_segments_at_once_stay_finite_in_a_state_of_one_size(
+    memory: MemoryConfig, segments: int
+) -> None:
+    assert len(stream(memory, segments)) == 1
 
 
 @pytest.mark.parametrize("segments", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -87,7 +88,7 @@ def test_what_is_retrieved_stays_finite_while_the_store_grows(segments: int) -> 
 
 
 @pytest.mark.parametrize("memory", IN_TURN.values(), ids=IN_TURN.keys())
-@pytest.mark.parametrize("segments", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("segments", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_segments_in_turn_stay_finite_in_a_state_of_one_size(
     memory: MemoryConfig, segments: int
 ) -> None:

@@ -67,6 +67,7 @@ def test_the_limit_itself_is_valid(changes: dict[str, Any]) -> None:
     assert validate(small(**FP8 | changes)).train.fp8
 
 
+@pytest.mark.slow
 def test_a_run_in_fp8_is_read_without_it_and_goes_on_with_or_without(
     tmp_path: Path, shards: Shards
 ) -> None:

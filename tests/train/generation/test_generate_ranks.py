@@ -213,6 +213,7 @@ def torchrun(*arguments: object, text: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_torchrun_reads_standard_input_once(runs: dict[str, Path], tmp_path: Path) -> None:
     (alone,) = on_ranks(1, runs["none"], tmp_path, TEXT, GREEDY)
     ended = torchrun(runs["none"], "--max-tokens", 12, "--temperature", 0, text=TEXT)

@@ -205,6 +205,7 @@ def killed_trainer(tmp_path: Path) -> Callable[[bool], int]:
     return run
 
 
+@pytest.mark.slow
 def test_a_lost_node_loses_nothing_spooled_and_the_replay_duplicates_nothing(
     tmp_path: Path, reader: Reader, killed_trainer: Callable[[bool], int]
 ) -> None:
