@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data.wording import counted
-from model.memory.base import named_tensors
+from model.memory.base import compact, named_tensors
 from parallel.mesh import Mesh, why_on_cpu
 from train.build import Built
 from train.checkpoints.names import step_name
@@ -272,7 +272,7 @@ class Reporter:
 def memory_norms(state: TrainState) -> dict[str, float]:
     """Return the root mean square of each kind of memory tensor, over layers: does it grow?"""
     squares: dict[str, list[float]] = {}
-    for name, tensor in named_tensors(state.memory.get(0, []), "memory").items():
+    for name, tensor in named_tensors(compact(state.memory.get(0, [])), "memory").items():
         if tensor.is_floating_point() and tensor.numel():
             # memory/layers/3/parts/fam/slots is fam_slots, memory/stack/bank is bank
             words = [word for word in name.split("/")[2:] if word != "parts" and not word.isdigit()]

@@ -22,7 +22,8 @@ from model.fold import Piece
 from model.interfaces import Linears, Segments
 
 State = Any
-"""What is carried: tensors [B, ...] in NamedTuples, lists and dicts; returned, never mutated."""
+"""What is carried: tensors [B, ...] in NamedTuples, lists and dicts; returned, never mutated (a
+store of blocks fills room that no state shows)."""
 
 Initial = Any
 """What a layer's state becomes where a document begins: a NamedTuple of tensors without B."""
@@ -99,15 +100,16 @@ def detach(state: State) -> State:
     """Return the state cut off from the graph that made it, in storage of its own.
 
     The only cut there is: the training loop calls it between BPTT windows, no memory ever does.
-    A state that is more than tensors side by side has a `detach` of its own.
+    A state that is more than tensors side by side has a `detach` of its own, and may share storage
+    in which no value changes.
     """
     return map_tensors(lambda tensor: tensor.detach().clone(), state, own="detach")
 
 
 def compact(state: State) -> State:
-    """Return the state without what it keeps for appending alone: to save it; views.
+    """Return the state without what nobody reads: to save or look at it; views.
 
-    A state with such room has a `compact` of its own.
+    A state with room for more than it holds has a `compact` of its own.
     """
     return map_tensors(lambda tensor: tensor, state, own="compact")
 

@@ -6,7 +6,8 @@ finds it taken and copies, unless the same blocks stand there: a checkpoint comp
 again. So a stream appends in amortised O(1), and a fork of it costs one copy.
 
 Buffers hold values alone. Keys through which gradients flow stand beside them as well (`live`), so
-that training costs what its window of segments is long and not what the document is.
+that training costs what its window of segments is long and not what the document is. Full buffers
+are moved between windows, where room is made for one more: inside, a checkpoint would do it twice.
 
 Keys come as retrieval reads them: turned by their place in the block. Landmark keys, which every
 query scores, lie with the queries; whole blocks, of which few are read, lie in host memory.
@@ -46,7 +47,7 @@ class BlockStore(NamedTuple):
     taken: Tensor  # [B] int64, CPU: blocks anyone wrote to these buffers; shared, and written to
     first: Tensor  # [B] int64: the oldest block that the row may read
     origin: Tensor  # [B] int64: block i of the store is block i + origin of the row's document
-    live: list[Live]  # what was appended since `detach`, where gradients flow: the newest blocks
+    live: list[Live]  # the newest blocks: appended since `detach`, from the first with gradients on
 
     @property
     def block(self) -> int:
@@ -66,21 +67,33 @@ class BlockStore(NamedTuple):
         return _by_block(k, self.block).contiguous(), _by_block(v, self.block).contiguous()
 
     def detach(self) -> BlockStore:
-        """Return the store without the graph: the same buffers, which never were in it."""
-        return self._replace(live=[])
+        """Return the store without the graph, which its buffers never were in; they are shared.
+
+        With room for as many blocks again as were live.
+        """
+        num = sum(x.k.shape[1] for x in self.live) // self.block
+        store = self._replace(live=[])
+        return store if self.landmarks.shape[2] - self.num_blocks >= num else _moved(store, num)
 
     def compact(self) -> BlockStore:
-        """Return the store without room behind its end; views."""
-        return self._replace(**_narrowed(self, 0)._asdict(), taken=self.end.clone())
+        """Return the store of what a row can read, without room behind its end; views."""
+        lost = int(self.first.min())
+        kept = self.end - lost
+        some = _narrowed(self, lost)
+        return BlockStore(*some, kept, kept.clone(), self.first - lost, self.origin + lost, [])
 
     @staticmethod
     def join_rows(stores: Sequence[BlockStore]) -> BlockStore:
         """Return the streams of several stores as one: their newest blocks side by side."""
         assert not any(store.live for store in stores), "detach before joining"
         count = max(store.num_blocks for store in stores)
-        padded = [_padded(store, count - store.num_blocks)[:-1] for store in stores]
-        landmarks, k, v, end, taken, first, origin = map(torch.cat, zip(*padded, strict=True))
-        return BlockStore(landmarks, k, v, end, taken, first, origin, [])
+        padded = [_padded(store, count - store.num_blocks) for store in stores]
+        joined = {
+            name: torch.cat([getattr(store, name) for store in padded])
+            for name in BlockStore._fields
+            if name != "live"
+        }
+        return BlockStore(**joined, live=[])
 
 
 def _padded(store: BlockStore, missing: int) -> BlockStore:
@@ -124,7 +137,8 @@ def append(store: BlockStore, k: Tensor, v: Tensor, *, belongs: Tensor | None = 
     hidden with all before them.
     """
     assert k.shape[1] % store.block == 0, f"{k.shape[1]} positions are no blocks of {store.block}"
-    new = _Blocks.of(k.detach(), v.detach(), store.block)
+    dtype = store.keys.dtype
+    new = _Blocks.of(k.detach().to(dtype), v.detach().to(dtype), store.block)
     num = new.keys.shape[1]
     grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     if not _holds(store, new):

@@ -25,6 +25,7 @@ first local position on, retrieval adds its slots before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,8 +58,9 @@ _ELSEWHERE = _Limits(scores=2**26, read=2**26, gathered=2**24)
 _STRETCH = 64
 """Scores of which the greatest is known before any is sorted."""
 
-_WIDEST = 256
-"""Queries that read a block together at most: less is copied of the block than of them."""
+_WIDTH = 8
+"""Queries that read a block together. The same for every call: a matrix product rounds a row by its
+shape, and what a row gives must not hang on other streams or later tokens."""
 
 
 _ROUNDING = {torch.float64: 2.0**-46, torch.float32: 2.0**-20, torch.float16: 2.0**-13,
@@ -133,7 +135,8 @@ def in_blocks(k: Tensor, block: int, rope: Rope) -> Tensor:
     Each by its place there, landmarks by block - 1. So queries turn to where a block is read, and
     no key turns again.
     """
-    cos, sin = (x.unsqueeze(-2) for x in rope(torch.arange(k.shape[1]) % block))
+    count = k.shape[1] // block
+    cos, sin = (x.repeat(count, 1).unsqueeze(-2) for x in rope(torch.arange(block)))
     return rotate(k, cos, sin)
 
 
@@ -153,7 +156,7 @@ def retrieve(
     values; the choice is not.
     """
     queries = _Queries(q, store, top_k, places, rope)
-    if not store.num_blocks:
+    if not queries.landmarks.shape[2]:
         return queries.nothing()
     chosen = queries.choose(granularity)
     out, lse = queries.read(chosen)
@@ -173,11 +176,13 @@ class _Queries:
         self.store, self.top_k, self.rope = store, top_k, rope
         self.block, self.count = store.block, store.num_blocks
         self.places = places + (top_k + 1) * store.block
+        first, last = torch.stack(store.first.aminmax()).tolist()
+        self.lost = first  # the first blocks, which no stream reads any more
+        self.num_hidden = last - first  # the next ones, from one stream at least
+        self.landmarks = store.landmarks[:, :, first : self.count].to(wide)
         self.scale = q.shape[-1] ** -0.5
         self.group = q.shape[2] // store.keys.shape[2]
         self.limits = _CPU if q.device.type == "cpu" else _ELSEWHERE
-        self.live = store.live_blocks()
-        self.num_hidden = int(store.first.max())  # the first blocks, from one stream at least
 
     def nothing(self) -> Retrieved:
         """Return the read of an empty store."""
@@ -193,9 +198,9 @@ class _Queries:
             yield slice(start, min(start + at_once, length))
 
     def scores(self, rows: slice) -> Tensor:
-        """Return each row's score of every landmark [B, H, R, count]; -inf where hidden."""
-        landmarks = self.store.landmarks[:, :, : self.count].to(self.q.dtype)
-        recent = min(self.top_k, self.count)
+        """Return each row's score of every landmark [B, H, R, n]; -inf where hidden."""
+        landmarks = self.landmarks
+        recent = min(self.top_k, landmarks.shape[2])
         q = rotate(self.q[:, :, rows], *self.rope(self.places[rows]))
         scores = self._against(q, landmarks)  # old blocks stand at slot 0
         slots = torch.arange(self.top_k - recent + 1, self.top_k + 1)
@@ -212,7 +217,7 @@ class _Queries:
     def _hide(self, scores: Tensor) -> Tensor:
         """Set scores [B, H, R, count] of blocks that a stream must not read to -inf."""
         some = scores[..., : self.num_hidden]
-        number = torch.arange(self.num_hidden, device=scores.device)
+        number = torch.arange(self.num_hidden, device=scores.device) + self.lost
         some.masked_fill_(number < self.store.first.view(-1, 1, 1, 1), float("-inf"))
         return scores
 
@@ -221,7 +226,7 @@ class _Queries:
         """Return the blocks that are read: [B, H or 1, S or 1, top_k] by granularity, see _best."""
         slack = self._slack()
         found, best = [], None
-        for rows in self._rows(self.limits.scores, self.count):
+        for rows in self._rows(self.limits.scores, self.landmarks.shape[2]):
             scores, here = self.scores(rows), slack[:, :, rows]
             if granularity == "token_and_head":
                 found.append(self._best(scores, here))
@@ -236,16 +241,16 @@ class _Queries:
 
     def _slack(self) -> Tensor:
         """Return how far rounding may part a row's scores of one key: [B, H, S, 1]."""
-        landmarks = self.store.landmarks[:, :, : self.count]
-        longest = landmarks.to(self.q.dtype).norm(dim=-1).amax(-1)  # [B, Hkv]
+        longest = self.landmarks.norm(dim=-1).amax(-1)  # [B, Hkv]
         longest = longest.repeat_interleave(self.group, 1)[:, :, None, None]
         length = self.q.norm(dim=-1, keepdim=True)
-        slack: Tensor = _ROUNDING[landmarks.dtype] * self.scale * length * longest
+        slack: Tensor = _ROUNDING[self.store.keys.dtype] * self.scale * length * longest
         return slack.nan_to_num(0.0)
 
     def _best(self, scores: Tensor, slack: Tensor) -> Tensor:
         """Return the numbers in the store of the best blocks, rising; -1 first where too few."""
-        number = newest_of_best(self._hide(scores), min(self.top_k, self.count), slack)
+        some = min(self.top_k, scores.shape[-1])
+        number = newest_of_best(self._hide(scores), some, slack) + self.lost
         number = number.masked_fill(number < self.store.first.view(-1, 1, 1, 1), -1)
         missing = self.top_k - number.shape[-1]
         number = torch.nn.functional.pad(number, (missing, 0), value=-1)
@@ -253,7 +258,8 @@ class _Queries:
 
     def read(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of all rows over the chosen blocks [B, H or 1, S or 1, top_k]."""
-        each = 3 * self.top_k * max(self.block, self.q.shape[-1])  # see _Tiles
+        # As if each block chosen were another one: then a tile is one query and room for others.
+        each = _WIDTH * self.top_k * max(self.block, self.q.shape[-1])
         alike = chosen.shape[2] == 1
         found = [
             self._read_rows(rows, chosen if alike else chosen[:, :, rows])
@@ -285,9 +291,11 @@ class _Queries:
         together = tiles.gather(q.flatten(0, -2))
         at_once = max(self.limits.gathered // (self.block * q.shape[-1]), 1)
         gates, said = [], []
-        for some, number in zip(together.split(at_once), tiles.source.split(at_once), strict=True):
-            keys, values = self._fetch(number)
-            scores = some @ keys.mT
+        for queries, blocks in zip(
+            together.split(at_once), self._fetch(tiles.source, at_once), strict=True
+        ):
+            keys, values = blocks
+            scores = queries @ keys.mT
             gates.append(scores[..., -1])
             said.append(scores[..., :-1].softmax(-1) @ values[:, :-1])
         gate, says = tiles.scatter(torch.cat(gates)), tiles.scatter(torch.cat(said))
@@ -313,60 +321,64 @@ class _Queries:
         head = torch.arange(heads, device=chosen.device).view(-1, 1, 1) // self.group
         return (stream * room + chosen.clamp(min=0)) * kv_heads + head
 
-    def _fetch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [t, block, K] of blocks; rows [t]: places among [B, C, Hkv]."""
+    def _fetch(self, rows: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys and values [<= at_once, block, K] of blocks; rows [t]: among [B, C, Hkv]."""
         store, device, wide = self.store, self.q.device, self.q.dtype
-        there = rows.to(store.keys.device)
-        keys, values = (
-            x.flatten(0, 2).index_select(0, there).to(device, wide)
-            for x in (store.keys, store.values)
-        )
-        if self.live is not None:
-            k, v = self.live
-            which, here = self._among_live(rows, k.shape[1])
-            for x, own in ((keys, k), (values, v)):
-                x.index_copy_(0, which, own.flatten(0, 2).index_select(0, here).to(wide))
-        return keys, values
+        old = store.keys.flatten(0, 2), store.values.flatten(0, 2)
+        there = rows.to(store.keys.device).split(at_once)
+        live = self._live_rows(rows, at_once)
+        for number, some in enumerate(there):
+            pair = tuple(x.index_select(0, some).to(device, wide) for x in old)
+            if live is not None:
+                where = live[0][number]
+                for x, own in zip(pair, (live[1][number], live[2][number]), strict=True):
+                    x.index_copy_(0, where, own)
+            yield pair[0], pair[1]
 
-    def _among_live(self, rows: Tensor, live: int) -> tuple[Tensor, Tensor]:
-        """Return which of rows are of the last `live` blocks, and where among [B, live, Hkv]."""
+    def _live_rows(
+        self, rows: Tensor, at_once: int
+    ) -> tuple[Items[Tensor], Items[Tensor], Items[Tensor]] | None:
+        """Return which of each `at_once` rows are of live blocks, and their keys and values."""
+        blocks = self.store.live_blocks()
+        if blocks is None:
+            return None
+        live = blocks[0].shape[1]
         room, kv_heads = self.store.keys.shape[1:3]
         number = rows // kv_heads % room - (self.count - live)
         which = (number >= 0).nonzero().squeeze(-1)
         stream, head = rows // kv_heads // room, rows % kv_heads
-        return which, ((stream * live + number) * kv_heads + head)[which]
+        place = ((stream * live + number) * kv_heads + head)[which]
+        counts = (number >= 0).split(at_once)
+        sizes = torch.stack([x.sum() for x in counts]).tolist()
+        k, v = (x.flatten(0, 2).index_select(0, place).to(self.q.dtype) for x in blocks)
+        return (which % at_once).split(sizes), k.split(sizes), v.split(sizes)
 
 
 class _Tiles(NamedTuple):
     """Pairs of a query and a block, laid out so that each tile of queries reads one block."""
 
     source: Tensor  # [t]: the block of each tile, rising
-    place: Tensor  # [pairs]: where each pair lies among [t * width]
-    width: int
+    place: Tensor  # [pairs]: where each pair lies among [t * _WIDTH]
 
     @staticmethod
     def of(blocks: Tensor) -> _Tiles:
-        """Lay out pairs by their blocks, of any shape.
-
-        Tiles are as wide as the mean block has queries: less than 3 rows for each pair.
-        """
+        """Lay out pairs by their blocks, of any shape; less than a tile a block stays empty."""
         unique, which, counts = blocks.unique(return_inverse=True, return_counts=True)
         which = which.flatten()
-        width = min(1 << (-(-len(which) // len(unique)) - 1).bit_length(), _WIDEST)
-        per_block = (counts + width - 1) // width
+        per_block = (counts + _WIDTH - 1) // _WIDTH
         order = which.argsort()
         # Pairs in order stand behind each other; tiles begin anew with each block.
-        ahead = (per_block * width).cumsum(0) - per_block * width - counts.cumsum(0) + counts
+        ahead = (per_block * _WIDTH).cumsum(0) - per_block * _WIDTH - counts.cumsum(0) + counts
         place = torch.empty_like(which)
         place[order] = torch.arange(len(which), device=which.device) + ahead[which[order]]
-        return _Tiles(unique.repeat_interleave(per_block), place, width)
+        return _Tiles(unique.repeat_interleave(per_block), place)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[pairs, K] -> [t, width, K], zeros where a tile has no pair."""
-        room = x.new_zeros(len(self.source) * self.width, x.shape[1])
-        return room.index_copy(0, self.place, x).view(-1, self.width, x.shape[1])
+        """[pairs, K] -> [t, _WIDTH, K], zeros where a tile has no pair."""
+        room = x.new_zeros(len(self.source) * _WIDTH, x.shape[1])
+        return room.index_copy(0, self.place, x).view(-1, _WIDTH, x.shape[1])
 
     def scatter(self, x: Tensor) -> Tensor:
-        """[t, width, ...] -> [pairs, ...]; undoes `gather`."""
+        """[t, _WIDTH, ...] -> [pairs, ...]; undoes `gather`."""
         rows: Tensor = x.flatten(0, 1)
         return rows.index_select(0, self.place)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import LandmarkMemory
+from model.config import ComputeConfig, LandmarkMemory
 from model.decoder import Decoder
 from model.init import initialise
 from model.local import FoldedSequence
+from model.memory import block_store
+from model.memory.base import detach
 from tests.model.slow import assert_twin
 from tests.model.slow_layers import SlowLandmark
 from tests.model.small import batch_of, build, config_of
@@ -51,6 +53,37 @@ def test_values_of_landmarks_are_never_read(window: int) -> None:
         by_block = v.grad[:, window:].unflatten(2, (-1, 3))  # carried ones are empty
         assert not by_block[:, :, :, -1].any()
         assert by_block[:, :, :, :-1].abs().amax(-1).all()
+
+
+def test_windows_of_recomputed_blocks_train_alike_and_move_no_store_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint's second forward finds what its first one appended."""
+    memory, moves = LandmarkMemory(block=2, window=1, retrieve=2), 0
+    moved = block_store._moved
+
+    def count(*given: Any) -> Any:
+        nonlocal moves
+        moves += 1
+        return moved(*given)
+
+    monkeypatch.setattr(block_store, "_moved", count)
+    results = []
+    for compute in (ComputeConfig("none"), ComputeConfig("block")):
+        model, batch = build(config_of(memory), compute=compute), batch_of(2, 12, 4)
+        batch.starts[0, 5] = batch.starts[1, 8] = True
+        state = None
+        for first in range(0, 12, 2):
+            part = batch.segments(first, first + 2)
+            output = model(part.tokens, part.starts, state, labels=part.labels, scale=part.scale)
+            state = detach(output.state)
+            before = moves
+            output.loss.backward()
+            assert first == 0 or moves == before
+        results.append({name: x.grad for name, x in model.named_parameters()})
+    assert moves > 4
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
 
 
 def test_nothing_of_the_document_before_is_gated() -> None:

@@ -49,11 +49,11 @@ def inputs(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, 
     return q, k, v
 
 
-def store_of(k: Tensor, v: Tensor, **options: Any) -> BlockStore:
-    """Return a store of all blocks of k, v, appended two at a time."""
-    store = empty_store(len(k), k.shape[2], BLOCK, k)
+def store_of(k: Tensor, v: Tensor, store: BlockStore | None = None) -> BlockStore:
+    """Return a store of all blocks of k, v, appended two at a time, behind those of another."""
+    store = store or empty_store(len(k), k.shape[2], BLOCK, k)
     for keys, values in zip(k.split(2 * BLOCK, 1), v.split(2 * BLOCK, 1), strict=True):
-        store = append(store, keys, values, **options)
+        store = append(store, keys, values)
     return store
 
 
@@ -215,6 +215,77 @@ def test_training_copies_seldom_and_keeps_the_graph_of_its_window_alone() -> Non
         assert reached.tolist() == [True, *[False] * 6, True]
 
 
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_fork_that_differs_in_one_number_is_a_fork(part: str) -> None:
+    """In the lowest layer all landmarks are alike: they do not tell two blocks apart."""
+    _, k, v = inputs(5 * BLOCK)
+    store = store_of(k[:, : 4 * BLOCK], v[:, : 4 * BLOCK])
+    append(store, k[:, 4 * BLOCK :], v[:, 4 * BLOCK :])
+    other_k, other_v = k.clone(), v.clone()
+    (other_k if part == "keys" else other_v)[1, 4 * BLOCK, 1, 3] += 1e-9
+    fork = append(store, other_k[:, 4 * BLOCK :], other_v[:, 4 * BLOCK :])
+    assert_holds(fork, other_k, other_v)
+
+
+def test_blocks_without_gradients_behind_live_ones_are_read_as_they_are() -> None:
+    _, k, v = (x.requires_grad_() for x in inputs(4 * BLOCK))
+    first, last = slice(0, 2 * BLOCK), slice(2 * BLOCK, 4 * BLOCK)
+    store = append(empty_store(2, KV_HEADS, BLOCK, LIKE), k[:, first], v[:, first])
+    store = append(store, k[:, last].detach(), v[:, last].detach())
+    q = random(2, 3, HEADS, HEAD_DIM)
+    found = read(q, store, 4)
+    alone = store_of(k.detach(), v.detach())
+    assert torch.equal(found.out, read(q, alone, 4).out)
+    dk, _ = torch.autograd.grad(found.out.sum(), (k, v))
+    assert dk[:, first].any() and not dk[:, last].any()
+
+
+def test_live_blocks_that_no_row_can_read_are_dropped_with_the_others() -> None:
+    """A document begins in the window of gradients, and the buffers are full behind it."""
+    _, k, v = (x.requires_grad_() for x in inputs(9 * BLOCK))
+    store = empty_store(2, KV_HEADS, BLOCK, LIKE)
+    for i in range(9):
+        part = slice(i * BLOCK, (i + 1) * BLOCK)
+        store = forget(store, torch.tensor([i == 5] * 2))
+        store = append(store, k[:, part], v[:, part])
+    assert store.num_blocks < sum(x.k.shape[1] for x in store.live) // BLOCK
+    q = random(2, 3, HEADS, HEAD_DIM)
+    found, last = read(q, store, 4), slice(5 * BLOCK, 9 * BLOCK)
+    alone = read(q, store_of(k[:, last], v[:, last]), 4)
+    assert torch.equal(found.out, alone.out)
+    grads = (torch.autograd.grad(x.out.sum(), (k, v)) for x in (found, alone))
+    for own, other in zip(*grads, strict=True):
+        assert relative(own, other) < EXACT
+
+
+def test_stores_in_a_graph_are_not_joined() -> None:
+    _, k, v = (x.requires_grad_() for x in inputs(BLOCK))
+    store = store_of(k, v)
+    with pytest.raises(AssertionError, match="detach before"):
+        BlockStore.join_rows([store, store])
+
+
+def test_room_is_made_between_windows_and_not_inside() -> None:
+    """Where a checkpoint would make it a second time."""
+    _, k, v = (x.requires_grad_() for x in inputs(2 * BLOCK))
+    store = detach(store_of(k, v))
+    for _ in range(20):
+        buffer = store.keys.data_ptr()
+        longer = store_of(k, v, store)
+        assert longer.keys.data_ptr() == buffer
+        store = detach(longer)
+
+
+def test_a_compact_store_is_what_rows_can_read() -> None:
+    """However long the documents were before: a run that was interrupted saves the same."""
+    _, k, v = inputs(9 * BLOCK)
+    store = store_of(k[:, : 7 * BLOCK], v[:, : 7 * BLOCK])
+    store = append(forget(store, torch.ones(2, dtype=torch.bool)), k[:, 28:], v[:, 28:])
+    small, alone = compact(store), compact(store_of(k[:, 28:], v[:, 28:]))
+    assert small.keys.shape[1] == 2 and not small.live
+    assert all(torch.equal(a, b) for a, b in zip(small[:-1], alone[:-1], strict=True))
+
+
 def test_a_compact_store_is_the_store_without_its_room() -> None:
     _, k, v = inputs(6 * BLOCK)
     store = store_of(k[:, : 5 * BLOCK], v[:, : 5 * BLOCK])
@@ -344,15 +415,15 @@ def test_queries_stand_as_far_from_blocks_as_their_places_say(granularity: Granu
 
 
 @EACH
-@pytest.mark.parametrize(("widest", "gathered"), [(256, 2**24), (256, 1), (3, 1), (1, 2**24)])
+@pytest.mark.parametrize(("width", "gathered"), [(8, 2**24), (8, 1), (3, 100), (1, 2**24)])
 def test_gradients_reach_every_key_that_was_read(
-    granularity: Granularity, widest: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+    granularity: Granularity, width: int, gathered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the whole: the store is filled and read in one graph, as the definition is.
 
     However many queries of a block are a tile, and however many tiles are read at once.
     """
-    monkeypatch.setattr(module, "_WIDEST", widest)
+    monkeypatch.setattr(module, "_WIDTH", width)
     monkeypatch.setattr(module, "_CPU", module._CPU._replace(gathered=gathered))
     q, _, _ = inputs(6)
     _, k, v = inputs(7 * BLOCK, seed=3)
@@ -442,6 +513,26 @@ def test_the_best_are_what_a_sort_gives() -> None:
     assert torch.equal(newest_of_best(scores, 4), (11 - order[..., :4]).sort(-1).values)
     scores[0, 0] = float("nan")  # of a step that diverges, which the loss will say
     assert newest_of_best(scores, 4)[0, 0].tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("blocks", [128, 1024])
+def test_what_a_row_reads_hangs_on_no_other_row_to_the_bit(blocks: int) -> None:
+    """Of other streams and of later tokens, however many of them read what it reads."""
+    rope = partial(rope_tables, head_dim=64, base=100.0, like=torch.zeros(64))
+    k, v = (random(3, blocks * BLOCK, KV_HEADS, 64, seed=i).float() for i in (1, 2))
+    store = store_of(in_blocks(k, BLOCK, rope), v)
+    q = random(3, 64, HEADS, 64).float()
+    alike, later = q.clone(), q.clone()
+    alike[1:] = q[1:, :1]
+    later[:, 8:] = q[:, 8:9]
+
+    def found(q: Tensor) -> Retrieved:
+        return retrieve(q, store, top_k=4, places=torch.arange(q.shape[1]), rope=rope)
+
+    whole = found(q)
+    assert torch.equal(whole.out[0], found(alike).out[0])
+    assert torch.equal(whole.lse[0], found(alike).lse[0])
+    assert torch.equal(whole.out[:, :, :8], found(later).out[:, :, :8])
 
 
 def test_float32_is_close() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.streams import IGNORE
-from model.memory.base import named_tensors
+from model.memory.base import compact, named_tensors
 from parallel.mesh import Mesh
 from tests.compare import assert_each
 from tests.ranks import run_ranks
@@ -81,9 +81,8 @@ def everything(built: Built, state: TrainState) -> dict[str, torch.Tensor]:
     memory = {
         f"{index}/{name}": tensor.double()
         for index, carried in state.memory.items()
-        for name, tensor in named_tensors(carried, "memory").items()
-        # room behind the end of a store of blocks holds anything
-        if tensor.numel() and "store" not in name and torch.isfinite(tensor.double()).all()
+        for name, tensor in named_tensors(compact(carried), "memory").items()
+        if tensor.numel() and torch.isfinite(tensor.double()).all()
     }
     return masters(built) | memory
 
