@@ -345,11 +345,11 @@ class _Queries:
         live = blocks[0].shape[1]
         room, kv_heads = self.store.keys.shape[1:3]
         number = rows // kv_heads % room - (self.count - live)
-        which = (number >= 0).nonzero().squeeze(-1)
+        mine = number >= 0
+        which = mine.nonzero().squeeze(-1)
         stream, head = rows // kv_heads // room, rows % kv_heads
         place = ((stream * live + number) * kv_heads + head)[which]
-        counts = (number >= 0).split(at_once)
-        sizes = torch.stack([x.sum() for x in counts]).tolist()
+        sizes = torch.stack([part.sum() for part in mine.split(at_once)]).tolist()
         k, v = (x.flatten(0, 2).index_select(0, place).to(self.q.dtype) for x in blocks)
         return (which % at_once).split(sizes), k.split(sizes), v.split(sizes)
 
