@@ -181,11 +181,12 @@ def test_a_run_with_a_checkpoint_of_its_own_does_not_read_it(
     assert f"model.init_from={tmp_path}/gone is not read: this run goes on from its own" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
         pytest.param(2, {"parallel__zero": 3, "train__precision": "bf16"}, id="dp2-zero3-bf16"),
-        pytest.param(2, {"parallel__tp": 2}, id="tp2-zero1", marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__tp": 2}, id="tp2-zero1"),
     ],
 )
 def test_a_killed_run_with_adapters_goes_on_bit_for_bit(
