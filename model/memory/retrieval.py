@@ -53,7 +53,7 @@ class _Limits(NamedTuple):
 
 _CPU = _Limits(scores=2**22, read=2**26, gathered=2**20)
 _ELSEWHERE = _Limits(scores=2**26, read=2**26, gathered=2**24)
-"""A CPU's are what its caches hold; elsewhere each time more waits for the host once more."""
+"""A CPU's are what its caches hold; on a GPU each further portion of keys waits for the host."""
 
 _STRETCH = 64
 """Scores of which the greatest is known before any is sorted."""
